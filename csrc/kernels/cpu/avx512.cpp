@@ -1,0 +1,30 @@
+// The kernels compiled for AVX-512 (F, BW, DQ, VL).
+//
+// Every other header comes before the target is set: an inline function compiled for this
+// instruction set could otherwise be the copy that the linker keeps for everybody.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "table.h"
+
+#if defined(GROOD_FAST_X86_LEVELS)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+
+#define GROOD_FAST_LEVEL avx512
+#define GROOD_FAST_VECTOR_BYTES 64
+#include "logit_gradient-inl.h"
+#include "row_norm-inl.h"
+#include "table-inl.h"
+
+// GCC's target stays set: templates are instantiated at the end of the file.
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // GROOD_FAST_X86_LEVELS

@@ -1,0 +1,12 @@
+// The kernels for the instruction set every processor of the family has (SSE2, NEON).
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "table.h"
+
+#define GROOD_FAST_LEVEL baseline
+#define GROOD_FAST_VECTOR_BYTES 16
+#include "logit_gradient-inl.h"
+#include "row_norm-inl.h"
+#include "table-inl.h"

@@ -1,0 +1,71 @@
+// What the CPU kernels compute: raw pointers, sizes and strides, no torch, no Python.
+//
+// Every function works on the half-open row range [begin, end) of its arguments, so that the caller
+// decides how rows are spread over threads. Arguments are assumed valid: the callers check them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace grood_fast {
+
+enum class DType : int { float32, float64, bfloat16, float16 };
+
+// The scalars whose gradient with respect to the logits is taken; see docs/objectives.md.
+enum class Objective : int { energy, uniform, predicted, confounding, max_logit, logit_sum };
+inline constexpr int kObjectives = 6;
+
+enum class Norm : int { l1, l2, linf };
+inline constexpr int kNorms = 3;
+
+// "Real" below is double for float64 input and float for everything else: half-precision input is
+// widened on the way in and results keep the precision they were accumulated in.
+struct LogitGradientArguments {
+  const void* logits;  // [rows, classes], the stride between classes is 1
+  DType dtype;
+  std::int64_t classes;     // >= 1
+  std::int64_t row_stride;  // in elements
+  Objective objective;
+  double temperature;  // > 0
+  const void* target;  // Real [classes], confounding label in [0, 1]; null: all ones
+  void* scratch;       // logit_gradient_scratch_bytes(classes) bytes, 64-byte aligned, one a thread
+  // Outputs; any may be null.
+  void* energy;          // Real [rows]           -T logsumexp(f / T)
+  void* log_sum_exp;     // Real [rows]           logsumexp(f / T)
+  void* maximum;         // Real [rows]           max f
+  std::int64_t* argmax;  // [rows]                first index of the maximum
+  void* norm[kNorms];    // Real [rows] each      norms of delta
+  void* delta;           // Real [rows, classes]  contiguous
+};
+
+struct RowNormArguments {
+  const void* values;  // [rows, columns], the stride between columns is 1
+  DType dtype;
+  std::int64_t columns;     // >= 0
+  std::int64_t row_stride;  // in elements
+  Norm norm;
+  bool append_one;     // as if a column of ones stood beside the values: the bias
+  DType factor_dtype;  // float32 or float64: the Real of `factor`
+  void* factor;        // [rows], multiplied in place by the row's norm
+};
+
+std::size_t logit_gradient_scratch_bytes(std::int64_t classes);
+void logit_gradient(const LogitGradientArguments& arguments, std::int64_t begin, std::int64_t end);
+void multiply_row_norm(const RowNormArguments& arguments, std::int64_t begin, std::int64_t end);
+
+// Rows a thread should at least get: under about 20 microseconds of work, waking one costs more.
+std::int64_t rows_per_task(std::int64_t classes, std::int64_t columns);
+
+// The instruction set the kernels run with: the best the processor has, unless the environment
+// variable GROOD_FAST_SIMD or set_simd_level() lowers it.
+const char* simd_level();
+// False, and nothing changed, when the level was not compiled or the processor lacks it.
+bool set_simd_level(const char* name);
+bool simd_level_compiled(const char* name);
+bool simd_level_supported(const char* name);
+// Why GROOD_FAST_SIMD was not obeyed; empty if it was, or is not set.
+const char* simd_level_complaint();
+
+inline constexpr const char* kSimdLevels[] = {"baseline", "avx2", "avx512"};
+
+}  // namespace grood_fast

@@ -1,0 +1,61 @@
+// grood_fast::head_gradient_norm: the norm of the last layer's gradient delta [h; 1]^T, which as a
+// rank-one matrix has the norm of delta times the norm of [h; 1]; delta is never written.
+#include "common.h"
+
+namespace grood_fast::ops {
+namespace {
+
+Tensor head_gradient_norm(
+    const Tensor& logits_in,    // [B, C]
+    const Tensor& features_in,  // [B, D]
+    int64_t objective,
+    double temperature,
+    const std::optional<Tensor>& target,  // [C]
+    int64_t norm,
+    bool bias) {
+  check_matrix(logits_in, "logits", "(B, C)");
+  check_matrix(features_in, "features", "(B, D)");
+  STD_TORCH_CHECK(
+      logits_in.size(0) == features_in.size(0), "logits and features must have the same number of rows, got ",
+      logits_in.size(0), " and ", features_in.size(0));
+  const Tensor logits = unit_column_stride(logits_in);
+  const Tensor features = unit_column_stride(features_in);
+  LogitGradientArguments arguments = logit_arguments(logits, objective, temperature, target);
+  const DType features_dtype = dtype_of(features, "features");
+
+  const DType factor = arguments.dtype == DType::float64 ? DType::float64 : DType::float32;
+  STD_TORCH_CHECK(
+      (features_dtype == DType::float64) == (factor == DType::float64),
+      "logits and features must both be float64, or neither");
+
+  const Tensor result = torch::stable::new_empty(
+      logits, {logits.size(0)}, std::optional<ScalarType>(real_of(factor)));  // [B]
+  arguments.norm[static_cast<int>(norm_of(norm))] = result.mutable_data_ptr();
+  const RowNormArguments row_norm{
+      features.const_data_ptr(), features_dtype, features.size(1), features.stride(0), norm_of(norm), bias, factor,
+      result.mutable_data_ptr()};
+
+  const int64_t grain = rows_per_task(arguments.classes, row_norm.columns);
+  torch::stable::parallel_for(0, logits.size(0), grain, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(logit_gradient_scratch_bytes(arguments.classes));
+    LogitGradientArguments mine = arguments;
+    mine.scratch = scratch.get();
+    grood_fast::logit_gradient(mine, begin, end);
+    multiply_row_norm(row_norm, begin, end);
+  });
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(grood_fast, m) {
+  m.def(
+      "head_gradient_norm(Tensor logits, Tensor features, int objective, float temperature, Tensor? target,"
+      " int norm, bool bias) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(grood_fast, CPU, m) {
+  m.impl("head_gradient_norm", TORCH_BOX(&head_gradient_norm));
+}
+
+}  // namespace grood_fast::ops

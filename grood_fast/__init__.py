@@ -1,0 +1,1 @@
+"""Out-of-distribution scores for PyTorch classifiers, from their gradients."""

@@ -1,0 +1,191 @@
+"""Builds the two extensions with ninja: `_ops.so`, the torch ops, and `_kernels`, the NumPy side.
+
+The torch ops use LibTorch's stable ABI only, so one binary serves every torch from the version
+below on, and torch is needed for its headers and link libraries alone. They are taken from the torch
+that is *installed* for this interpreter, also when pip builds in an isolated environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, PlatformError
+
+ROOT = Path(__file__).resolve().parent
+TORCH_TARGET = (2, 13)  # the oldest torch the stable ABI is used of
+
+KERNELS = sorted(ROOT.glob("csrc/kernels/cpu/*.cpp"))
+SOURCES = {  # beside the kernels, which are in both
+    "grood_fast._ops": sorted(ROOT.glob("csrc/ops/*.cpp")),
+    "grood_fast._kernels": sorted(ROOT.glob("csrc/python/*.cpp")),
+}
+
+FIND_TORCH = """
+import json, os, torch
+root = os.path.dirname(torch.__file__)
+print(json.dumps({"version": torch.__version__, "root": root}))
+"""
+
+
+def installed_torch() -> dict[str, str]:
+    """Version and folder of the torch this interpreter has outside pip's isolated environment."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    found = subprocess.run(
+        [sys.executable, "-c", FIND_TORCH],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd="/",
+        check=False,
+    )
+    wanted = ".".join(map(str, TORCH_TARGET))
+    if found.returncode != 0:
+        raise PlatformError(
+            f"grood-fast compiles against an installed torch, and {sys.executable} has none: "
+            f"install torch>={wanted} first (for example: pip install torch==2.13.0), then try again."
+        )
+    torch: dict[str, str] = json.loads(found.stdout.strip().splitlines()[-1])
+    if tuple(map(int, torch["version"].split("+")[0].split(".")[:2])) < TORCH_TARGET:
+        raise PlatformError(
+            f"grood-fast needs torch>={wanted} to compile; installed is {torch['version']}."
+        )
+    return torch
+
+
+def compiler() -> list[str]:
+    """The C++ compiler's command: $CXX, else the first usual one."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    raise PlatformError(
+        "grood-fast needs a C++20 compiler to build (GCC 11 or Clang 14, or later), and none was "
+        "found: install one (Debian, Ubuntu: apt install g++) or name it in CXX."
+    )
+
+
+class NinjaBuild(build_ext):
+    """Writes one ninja file for both extensions and runs it."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        *package, name = fullname.split(".")
+        if name == "_ops":  # no Python in it: no interpreter's tag
+            return os.path.join(*package, "_ops.so")
+        return str(super().get_ext_filename(fullname))
+
+    def build_extensions(self) -> None:
+        cxx, torch = compiler(), installed_torch()
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        self.announce(f"grood-fast: compiling with {cxx[0]} against torch {torch['version']}", level=2)
+        (build / "build.ninja").write_text(self.ninja_file(cxx, torch, build))
+        try:
+            subprocess.run([ninja(), "-C", str(build), *jobs()], check=True)
+        except subprocess.CalledProcessError as error:
+            raise CompileError(
+                "grood-fast: the C++ compiler refused the sources; its messages stand above."
+            ) from error
+
+    def ninja_file(self, cxx: list[str], torch: dict[str, str], build: Path) -> str:
+        import pybind11
+
+        version = subprocess.run([*cxx, "--version"], capture_output=True, text=True, check=False)
+        facts = {
+            "GROOD_FAST_VERSION": self.distribution.get_version(),
+            "GROOD_FAST_COMPILER": (version.stdout.splitlines() or [cxx[0]])[0].strip(),
+            "GROOD_FAST_TORCH_VERSION": torch["version"],
+        }
+        defines = [f'-D{key}="{value}"' for key, value in facts.items()]
+        target = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000ULL"
+        common = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
+        common += ["-Wall", "-Wextra", "-Wno-psabi"]
+        flags = {
+            "kernels": common,
+            "grood_fast._ops": [
+                *common,
+                "-DTORCH_STABLE_ONLY",
+                f"-DTORCH_TARGET_VERSION={target}",
+                f"-isystem{torch['root']}/include",
+                f"-isystem{torch['root']}/include/torch/csrc/api/include",
+            ],
+            "grood_fast._kernels": [
+                *common,
+                *defines,
+                f"-isystem{pybind11.get_include()}",
+                f"-isystem{sysconfig.get_paths()['include']}",
+            ],
+        }
+        undefined = ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else []
+        links = {
+            "grood_fast._ops": [f"-L{torch['root']}/lib", "-lc10", "-ltorch_cpu"],
+            "grood_fast._kernels": undefined,
+        }
+        run = " ".join(shlex.quote(word).replace("$", "$$") for word in cxx)
+        lines = [
+            "rule compile",
+            f"  command = {run} -MMD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $in",
+            "rule link",
+            f"  command = {run} -shared -o $out $in $flags",
+            "  description = link $out",
+        ]
+
+        def compiled(part: str, sources: list[Path]) -> list[str]:
+            objects = [escape(build / part / (source.stem + ".o")) for source in sources]
+            for source, target_object in zip(sources, objects, strict=True):
+                lines.append(f"build {target_object}: compile {escape(source)}")
+                lines.append(f"  flags = {quoted(flags[part])}")
+            return objects
+
+        kernels = compiled("kernels", KERNELS)
+        for extension in self.extensions:
+            name = extension.name
+            objects = kernels + compiled(name, SOURCES[name])
+            output = Path(self.get_ext_fullpath(name)).resolve()
+            output.parent.mkdir(parents=True, exist_ok=True)
+            lines.append(f"build {escape(output)}: link {' '.join(objects)}")
+            lines.append(f"  flags = {quoted(links[name])}")
+        return "\n".join(lines) + "\n"
+
+
+def ninja() -> str:
+    try:
+        from ninja import BIN_DIR
+
+        return os.path.join(BIN_DIR, "ninja")
+    except ImportError:
+        if found := shutil.which("ninja"):
+            return found
+        raise PlatformError("grood-fast builds with ninja: pip install ninja, then try again.") from None
+
+
+def jobs() -> list[str]:
+    return ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+
+
+def escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
+
+
+def quoted(words: list[str]) -> str:
+    return " ".join(shlex.quote(word) for word in words).replace("$", "$$")
+
+
+setup(
+    ext_modules=[
+        Extension(name, sources=[str(path.relative_to(ROOT)) for path in KERNELS + SOURCES[name]])
+        for name in SOURCES
+    ],
+    cmdclass={"build_ext": NinjaBuild},
+)
