@@ -1,0 +1,328 @@
+"""The compiled ops: typed wrappers, fake kernels and derivatives around ``torch.ops.grood_fast``.
+
+Plain-PyTorch twins of the same names stand in :mod:`grood_fast.ops.reference`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grood_fast.errors import InputError
+from grood_fast.ops import _library, reference
+
+__all__ = [
+    "NORMS",
+    "OBJECTIVES",
+    "OUTPUTS",
+    "LogitGradient",
+    "head_gradient_norm",
+    "logit_gradient",
+    "reference",
+    "set_simd_level",
+    "simd_level",
+]
+
+_kernels = _library.load()
+_ops = torch.ops.grood_fast
+
+OBJECTIVES: tuple[str, ...] = tuple(_kernels.build_facts()["objectives"])
+NORMS: tuple[str, ...] = tuple(_kernels.build_facts()["norms"])
+OUTPUTS = ("energy", "log_sum_exp", "maximum", *NORMS, "argmax", "delta")
+_STATISTICS = OUTPUTS[:6]  # the rows of the op's first result, in this order
+_BIT = {name: 1 << position for position, name in enumerate(OUTPUTS)}
+
+
+class LogitGradient(NamedTuple):
+    """What :func:`logit_gradient` computed; None where it was not asked for.
+
+    Attributes:
+        energy: (B,) −T·logsumexp(f/T).
+        log_sum_exp: (B,) logsumexp(f/T).
+        maximum: (B,) max_c f_c.
+        l1, l2, linf: (B,) norms of δ.
+        argmax: (B,) int64, the first index of the maximum (of the first NaN, if there is one).
+        delta: (B, C) δ = d objective / d logits.
+    """
+
+    energy: Tensor | None = None
+    log_sum_exp: Tensor | None = None
+    maximum: Tensor | None = None
+    l1: Tensor | None = None
+    l2: Tensor | None = None
+    linf: Tensor | None = None
+    argmax: Tensor | None = None
+    delta: Tensor | None = None
+
+
+def _index(name: str, known: tuple[str, ...], what: str) -> int:
+    try:
+        return known.index(name)
+    except ValueError:
+        raise InputError(f"unknown {what} {name!r}; known: {', '.join(known)}") from None
+
+
+def logit_gradient(
+    logits: Tensor,
+    objective: str,
+    *,
+    temperature: float = 1.0,
+    target: Tensor | None = None,
+    outputs: tuple[str, ...] = OUTPUTS,
+) -> LogitGradient:
+    """δ = d objective / d logits, its norms, the energy and the maximum, in one read of the logits.
+
+    Args:
+        logits: (B, C) float32, float64, bfloat16 or float16; rows may be any distance apart.
+        objective: one of :data:`OBJECTIVES`; see :mod:`grood_fast.objectives`.
+        temperature: T > 0, of the softmax.
+        target: (C,) confounding label in [0, 1]; only for ``"confounding"``; default all ones.
+        outputs: which fields to compute.
+
+    Returns:
+        The fields asked for, float64 for float64 logits and float32 otherwise: half-precision
+        logits are widened, and accumulated in float32.
+
+    Raises:
+        InputError: an unknown objective or output.
+        RuntimeError: wrong shapes or dtypes.
+    """
+    mask = 0
+    for name in outputs:
+        mask |= 1 << _index(name, OUTPUTS, "output")
+    statistics, argmax, delta = _ops.logit_gradient(
+        logits, _index(objective, OBJECTIVES, "objective"), temperature, target, mask
+    )
+    fields = dict(zip((name for name in _STATISTICS if mask & _BIT[name]), statistics, strict=True))
+    if mask & _BIT["argmax"]:
+        fields["argmax"] = argmax
+    if mask & _BIT["delta"]:
+        fields["delta"] = delta
+    return LogitGradient(**fields)
+
+
+def head_gradient_norm(
+    logits: Tensor,
+    features: Tensor,
+    objective: str,
+    *,
+    temperature: float = 1.0,
+    target: Tensor | None = None,
+    norm: str = "l1",
+    bias: bool = False,
+) -> Tensor:
+    """‖d objective / d(W, b)‖ of a linear head f = W h + b, per sample; the gradient is not formed.
+
+    The gradient is the rank-one matrix δ [h; 1]ᵀ, so its norm is ‖δ‖ ‖[h; 1]‖.
+
+    Args:
+        logits: (B, C) floating point.
+        features: (B, D) floating point, h; float64 exactly if the logits are.
+        objective, temperature, target: as for :func:`logit_gradient`.
+        norm: ``"l1"``, ``"l2"`` or ``"linf"``, over the entries of the gradient.
+        bias: whether the bias' gradient δ counts too.
+
+    Returns:
+        (B,) float64 for float64 inputs, float32 otherwise.
+
+    Raises:
+        InputError: an unknown objective or norm.
+        RuntimeError: wrong shapes or dtypes.
+    """
+    result: Tensor = _ops.head_gradient_norm(
+        logits,
+        features,
+        _index(objective, OBJECTIVES, "objective"),
+        temperature,
+        target,
+        _index(norm, NORMS, "norm"),
+        bias,
+    )
+    return result
+
+
+def simd_level() -> str:
+    """The instruction set the kernels run with: ``"baseline"``, ``"avx2"`` or ``"avx512"``."""
+    level: str = _ops.simd_level()
+    return level
+
+
+def set_simd_level(level: str) -> None:
+    """Run the kernels with another instruction set (``GROOD_FAST_SIMD`` does it at the start).
+
+    Raises:
+        InputError: the level was not compiled, or the processor lacks it.
+    """
+    if not (_ops.set_simd_level(level) and _kernels.set_simd_level(level)):
+        supported = ", ".join(_kernels.build_facts()["simd_levels_supported"])
+        raise InputError(f"instruction set {level!r} is not available; this machine has: {supported}")
+
+
+# --- fake kernels: shapes and dtypes for torch.compile and fake tensors ---------------------------
+
+
+def _real(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("grood_fast::logit_gradient")
+def _(
+    logits: Tensor, objective: int, temperature: float, target: Tensor | None, outputs: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, classes = logits.shape
+    real = _real(logits)
+    requested = sum(bool(outputs & _BIT[name]) for name in _STATISTICS)
+    has_delta = bool(outputs & _BIT["delta"])
+    return (
+        logits.new_empty((requested, batch), dtype=real),
+        logits.new_empty((batch if outputs & _BIT["argmax"] else 0,), dtype=torch.int64),
+        logits.new_empty((batch, classes) if has_delta else (0, 0), dtype=real),
+    )
+
+
+@torch.library.register_fake("grood_fast::head_gradient_norm")
+def _(
+    logits: Tensor,
+    features: Tensor,
+    objective: int,
+    temperature: float,
+    target: Tensor | None,
+    norm: int,
+    bias: bool,
+) -> Tensor:
+    return logits.new_empty((logits.shape[0],), dtype=_real(logits))
+
+
+# --- any device without a compiled kernel of its own: the plain-PyTorch twin ----------------------
+
+
+@torch.library.impl("grood_fast::logit_gradient", "CompositeExplicitAutograd")
+def _logit_gradient_elsewhere(
+    logits: Tensor, objective: int, temperature: float, target: Tensor | None, outputs: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = logits.to(_real(logits))
+    delta = reference.logit_gradient(wide, OBJECTIVES[objective], temperature, target)
+    log_sum_exp = torch.logsumexp(wide / temperature, dim=1)
+    maximum, argmax = wide.max(dim=1)
+    statistics = {
+        "energy": -temperature * log_sum_exp,
+        "log_sum_exp": log_sum_exp,
+        "maximum": maximum,
+        **{norm: reference.row_norm(delta, norm) for norm in NORMS},
+    }
+    kept = [statistics[name] for name in _STATISTICS if outputs & _BIT[name]]
+    return (
+        torch.stack(kept) if kept else wide.new_empty((0, logits.shape[0])),
+        argmax if outputs & _BIT["argmax"] else argmax.new_empty(0),
+        delta if outputs & _BIT["delta"] else delta.new_empty(0, 0),
+    )
+
+
+@torch.library.impl("grood_fast::head_gradient_norm", "CompositeExplicitAutograd")
+def _head_gradient_norm_elsewhere(
+    logits: Tensor,
+    features: Tensor,
+    objective: int,
+    temperature: float,
+    target: Tensor | None,
+    norm: int,
+    bias: bool,
+) -> Tensor:
+    real = _real(logits)
+    return reference.head_gradient_norm(
+        logits.to(real),
+        features.to(real),
+        OBJECTIVES[objective],
+        temperature,
+        target,
+        NORMS[norm],
+        bias,
+    )
+
+
+# --- derivatives, in closed form and themselves differentiable ------------------------------------
+
+
+def _save_logit_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, objective, temperature, target, outputs = inputs
+    ctx.save_for_backward(logits, target)
+    ctx.objective, ctx.temperature, ctx.outputs = OBJECTIVES[objective], temperature, outputs
+    ctx.mark_non_differentiable(output[1])
+
+
+def _logit_gradient_backward(
+    ctx: Any, grad_statistics: Tensor | None, _argmax: Tensor | None, grad_delta: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    saved, target = ctx.saved_tensors
+    logits = saved.to(_real(saved))
+    names = [name for name in _STATISTICS if ctx.outputs & _BIT[name]]
+    grads = {} if grad_statistics is None else dict(zip(names, grad_statistics, strict=True))
+    through_delta = grad_delta if ctx.outputs & _BIT["delta"] else None
+    result = torch.zeros_like(logits)
+    if norms := [name for name in NORMS if name in grads]:
+        delta = reference.logit_gradient(logits, ctx.objective, ctx.temperature, target)
+        for name in norms:
+            part = reference.row_norm_vjp(delta, grads[name], name)
+            through_delta = part if through_delta is None else through_delta + part
+    if through_delta is not None:
+        result = result + reference.logit_gradient_vjp(
+            logits, through_delta, ctx.objective, ctx.temperature
+        )
+    if "energy" in grads or "log_sum_exp" in grads:
+        p = torch.softmax(logits / ctx.temperature, dim=1)
+        if "energy" in grads:
+            result = result - grads["energy"].unsqueeze(1) * p
+        if "log_sum_exp" in grads:
+            result = result + grads["log_sum_exp"].unsqueeze(1) * p / ctx.temperature
+    if "maximum" in grads:
+        first = torch.nn.functional.one_hot(logits.argmax(dim=1), logits.shape[1])
+        result = result + grads["maximum"].unsqueeze(1) * first
+    return result.to(saved.dtype), None, None, None, None
+
+
+torch.library.register_autograd(
+    "grood_fast::logit_gradient", _logit_gradient_backward, setup_context=_save_logit_gradient
+)
+
+
+def _save_head_gradient_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, features, objective, temperature, target, norm, bias = inputs
+    ctx.save_for_backward(logits, features, target)
+    ctx.objective, ctx.temperature = OBJECTIVES[objective], temperature
+    ctx.norm, ctx.bias = NORMS[norm], bias
+
+
+def _head_gradient_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved_logits, saved_features, target = ctx.saved_tensors
+    logits, features = saved_logits.to(grad.dtype), saved_features.to(grad.dtype)
+    columns = features.shape[1]
+    if ctx.bias:
+        features = torch.cat([features, features.new_ones(features.shape[0], 1)], dim=1)
+    delta = reference.logit_gradient(logits, ctx.objective, ctx.temperature, target)
+    delta_norm = reference.row_norm(delta, ctx.norm)
+    features_norm = reference.row_norm(features, ctx.norm)
+    grad_logits = reference.logit_gradient_vjp(
+        logits,
+        reference.row_norm_vjp(delta, grad * features_norm, ctx.norm),
+        ctx.objective,
+        ctx.temperature,
+    )
+    grad_features = reference.row_norm_vjp(features, grad * delta_norm, ctx.norm)[:, :columns]
+    return (
+        grad_logits.to(saved_logits.dtype),
+        grad_features.to(saved_features.dtype),
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd(
+    "grood_fast::head_gradient_norm",
+    _head_gradient_norm_backward,
+    setup_context=_save_head_gradient_norm,
+)

@@ -1,0 +1,94 @@
+"""The compiled ops once more in plain PyTorch: the definition they are tested against.
+
+Every function works in any floating dtype, is differentiable where the mathematics is, and is as
+short as the formula. In float64 these are the truth; in float32 they are the baseline the compiled
+ops have to beat.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_NORM_ORDER = {"l1": 1, "l2": 2, "linf": torch.inf}
+
+
+def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """−T·logsumexp(f/T) of logits f (B, C): (B,)."""
+    return -temperature * torch.logsumexp(logits / temperature, dim=1)
+
+
+def logit_gradient(
+    logits: Tensor, objective: str, temperature: float = 1.0, target: Tensor | None = None
+) -> Tensor:
+    """δ = d objective / d logits, (B, C), of logits (B, C); see :mod:`grood_fast.objectives`."""
+    p = torch.softmax(logits / temperature, dim=1)
+    classes = logits.shape[1]
+    # The first NaN counts as the maximum, as it does for torch.argmax.
+    predicted = functional.one_hot(logits.argmax(dim=1), classes).to(logits.dtype)
+    match objective:
+        case "energy":
+            return -p
+        case "uniform":
+            return (classes * p - 1) / temperature
+        case "predicted":
+            return (p - predicted) / temperature
+        case "confounding":
+            return torch.sigmoid(logits) - (1 if target is None else target)
+        case "max_logit":
+            return predicted
+        case "logit_sum":
+            return torch.ones_like(logits)
+    raise ValueError(f"unknown objective {objective!r}")
+
+
+def row_norm(rows: Tensor, norm: str) -> Tensor:
+    """The L1, L2 or L∞ norm of each row of (B, N): (B,)."""
+    if rows.shape[1] == 0:
+        return rows.new_zeros(rows.shape[0])
+    return torch.linalg.vector_norm(rows, ord=_NORM_ORDER[norm], dim=1)
+
+
+def head_gradient_norm(
+    logits: Tensor,
+    features: Tensor,
+    objective: str,
+    temperature: float = 1.0,
+    target: Tensor | None = None,
+    norm: str = "l1",
+    bias: bool = False,
+) -> Tensor:
+    """‖δ [h; 1]ᵀ‖ = ‖δ‖ ‖[h; 1]‖, (B,); the 1 only with ``bias``."""
+    if bias:
+        features = torch.cat([features, features.new_ones(features.shape[0], 1)], dim=1)
+    delta = logit_gradient(logits, objective, temperature, target)
+    return row_norm(delta, norm) * row_norm(features, norm)
+
+
+def logit_gradient_vjp(
+    logits: Tensor, grad: Tensor, objective: str, temperature: float = 1.0
+) -> Tensor:
+    """gradᵀ · dδ/df: how a function of δ (B, C) depends on the logits (B, C)."""
+    if objective in ("energy", "uniform", "predicted"):
+        p = torch.softmax(logits / temperature, dim=1)
+        through_softmax = p * (grad - (p * grad).sum(dim=1, keepdim=True)) / temperature
+        factor = {"energy": -1.0, "uniform": logits.shape[1] / temperature, "predicted": 1 / temperature}
+        return factor[objective] * through_softmax
+    if objective == "confounding":
+        s = torch.sigmoid(logits)
+        return s * (1 - s) * grad
+    return torch.zeros_like(logits)
+
+
+def row_norm_vjp(rows: Tensor, grad: Tensor, norm: str) -> Tensor:
+    """grad (B,) · d‖row‖/d row, (B, N); 0 at a row of zeros; L∞ at the first largest entry."""
+    if norm == "l1":
+        return grad.unsqueeze(1) * rows.sign()
+    if norm == "l2":
+        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        return grad.unsqueeze(1) * rows / torch.where(length > 0, length, 1)
+    if rows.shape[1] == 0:
+        return torch.zeros_like(rows)
+    largest = functional.one_hot(rows.abs().argmax(dim=1), rows.shape[1]).to(rows.dtype)
+    return grad.unsqueeze(1) * rows.sign() * largest
