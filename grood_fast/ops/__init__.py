@@ -198,7 +198,6 @@ def _(
 # --- any device without a compiled kernel of its own: the plain-PyTorch twin ----------------------
 
 
-@torch.library.impl("grood_fast::logit_gradient", "CompositeExplicitAutograd")
 def _logit_gradient_elsewhere(
     logits: Tensor, objective: int, temperature: float, target: Tensor | None, outputs: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,7 +219,6 @@ def _logit_gradient_elsewhere(
     )
 
 
-@torch.library.impl("grood_fast::head_gradient_norm", "CompositeExplicitAutograd")
 def _head_gradient_norm_elsewhere(
     logits: Tensor,
     features: Tensor,
@@ -240,6 +238,13 @@ def _head_gradient_norm_elsewhere(
         NORMS[norm],
         bias,
     )
+
+
+for _name, _twin in (
+    ("logit_gradient", _logit_gradient_elsewhere),
+    ("head_gradient_norm", _head_gradient_norm_elsewhere),
+):
+    torch.library.impl(f"grood_fast::{_name}", "CompositeExplicitAutograd", _twin)
 
 
 # --- derivatives, in closed form and themselves differentiable ------------------------------------
