@@ -2,87 +2,23 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from abc import abstractmethod
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from grood_fast.errors import NotFittedError
-
-if TYPE_CHECKING:
-    from grood_fast.classifier import Classifier
+from grood_fast.component import Component
 
 
-class Score(ABC):
+class Score(Component):
     """How unusual a representation is. **Higher = more out of distribution**, always.
 
-    A score that learns from the reference data sees it once, batch by batch:
-    ``begin`` → ``absorb`` (any number of times) → ``merge`` (other shards) → ``finish``.
-    What ``finish`` leaves in ``fitted`` is all that scoring needs and all that is saved.
-
     Attributes:
-        name: the registry name.
         representation: registry name of the representation it reads when none is given.
-        needs_fit: whether ``absorb``/``finish`` must run before the score can be taken.
-        needs_labels: whether ``absorb`` needs class labels.
-        fitted: name → tensor; empty until ``finish``.
     """
 
-    name: ClassVar[str]
     representation: ClassVar[str]
-    needs_fit: ClassVar[bool] = False
-    needs_labels: ClassVar[bool] = False
-
-    fitted: dict[str, Tensor]
-
-    def __init__(self) -> None:
-        self.fitted = {}
 
     @abstractmethod
     def __call__(self, z: Any) -> Tensor:
         """Scores of one batch, shape (B,), floating point; higher = more OOD."""
-
-    def config(self) -> dict[str, Any]:
-        """The constructor's keyword arguments, JSON-serialisable: ``type(self)(**config)`` is the
-        same score, unfitted."""
-        return {}
-
-    def begin(self, classifier: Classifier) -> None:
-        """Forget what was fitted and start a new pass over the reference data."""
-
-    def absorb(self, z: Any, labels: Tensor | None, indices: Tensor) -> None:
-        """Take in one reference batch.
-
-        Args:
-            z: the batch's representation.
-            labels: (B,) int64 in [0, C), or None where ``needs_labels`` is False.
-            indices: (B,) int64, each sample's position in the reference data: the key that makes
-                the result of merging shards independent of their order.
-        """
-
-    def merge(self, other: Score) -> None:
-        """Add what another score of the same configuration has absorbed."""
-
-    def finish(self) -> None:
-        """Turn what was absorbed into ``fitted``, and drop the rest."""
-
-    @property
-    def is_fitted(self) -> bool:
-        return not self.needs_fit or bool(self.fitted)
-
-    def require_fitted(self) -> None:
-        if not self.is_fitted:
-            raise NotFittedError(
-                f"{type(self).__name__} has not seen reference data yet: call fit(model, reference) "
-                "or pass reference= to score()."
-            )
-
-    def to(self, device: torch.device | str) -> Score:
-        """Move what was fitted to a device."""
-        self.fitted = {name: tensor.to(device) for name, tensor in self.fitted.items()}
-        return self
-
-    def __repr__(self) -> str:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
-        return f"{type(self).__name__}({arguments})"

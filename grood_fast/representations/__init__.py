@@ -1,0 +1,21 @@
+"""Representations: what a sample becomes before a score says how unusual it is."""
+
+from __future__ import annotations
+
+from grood_fast.representations.base import Representation
+from grood_fast.representations.forward import Logits, PenultimateFeatures, WholeForward
+from grood_fast.representations.head_gradient import HeadGradient, HeadGradientFactors
+
+REPRESENTATIONS: dict[str, type[Representation]] = {
+    kind.name: kind for kind in (Logits, PenultimateFeatures, WholeForward, HeadGradient)
+}
+
+__all__ = [
+    "REPRESENTATIONS",
+    "HeadGradient",
+    "HeadGradientFactors",
+    "Logits",
+    "PenultimateFeatures",
+    "Representation",
+    "WholeForward",
+]

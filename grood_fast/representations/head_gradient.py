@@ -1,0 +1,54 @@
+"""The last layer's gradient, kept as the factors of a rank-one matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from grood_fast.objectives import Objective
+from grood_fast.representations.base import Representation
+from grood_fast.signals import LogitStatistics, Signals
+
+
+@dataclass(frozen=True)
+class HeadGradientFactors:
+    """dL/dW = δ hᵀ of one batch, not formed: δ follows from the logits where it is needed.
+
+    Attributes:
+        objective: whose gradient.
+        statistics: the batch's logits (B, C) and their softmax statistics.
+        features: (B, D) h.
+        bias: whether the bias' gradient δ belongs to it: then h stands for [h; 1].
+    """
+
+    objective: Objective
+    statistics: LogitStatistics
+    features: Tensor
+    bias: bool
+
+
+class HeadGradient(Representation):
+    """Gradient of an objective with respect to the linear head, one sample at a time.
+
+    Args:
+        objective: an :class:`~grood_fast.objectives.Objective`, its name or its ``config()``.
+        bias: whether the bias' gradient counts too (the published detectors take the weight alone).
+    """
+
+    name = "head_gradient"
+    needs = frozenset({"features"})
+
+    def __init__(self, objective: Objective | str | dict[str, Any], bias: bool = False) -> None:
+        super().__init__()
+        self.objective = Objective.of(objective)
+        self.bias = bias
+
+    def config(self) -> dict[str, Any]:
+        return {"objective": self.objective.config(), "bias": self.bias}
+
+    def __call__(self, signals: Signals) -> HeadGradientFactors:
+        return HeadGradientFactors(
+            self.objective, signals.statistics, signals.features, self.bias
+        )

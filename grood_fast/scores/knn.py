@@ -1,0 +1,268 @@
+"""Distance to the k-th nearest reference sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from grood_fast.errors import InputError
+from grood_fast.scores.base import Score
+from grood_fast.statistics import Reservoir, keeps_state, require_rows, require_same_config
+
+if TYPE_CHECKING:
+    from grood_fast.classifier import Classifier
+
+BLOCK_BYTES = 64 << 20
+"""How large one temporary of a search may be."""
+
+RANKS_BESIDE = 8
+"""Neighbours on either side of the k-th whose distances are recomputed."""
+
+RELATIVE_ERROR = 1e-5
+"""Largest relative error of a squared distance that float32 products may cause."""
+
+Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+class KNN(Score):
+    """Euclidean distance to the k-th nearest reference sample; higher = more OOD.
+
+    Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022. The search
+    is exact and its memory does not grow with (samples scored) x (reference samples).
+
+    Accuracy: float32, within 1e-5 relative of the k-th distance between the stored vectors, also
+    among near-duplicates. NaN among the features gives a NaN score.
+
+    Args:
+        k: which neighbour; the paper uses 50 for CIFAR-10, 200 for CIFAR-100, 1000 for ImageNet.
+        metric: ``"cosine"`` scales every vector to unit length first, as the paper does (distances
+            in [0, 2]); ``"euclidean"`` does not.
+        standardize: subtract the mean and divide by the standard deviation of the reference
+            samples kept, feature by feature, before anything else. A feature that is constant
+            there is only centred.
+        max_samples: keep at most this many reference samples, chosen by their index; None keeps
+            all, D x 4 bytes each.
+        backend: ``"torch"``, on the features' device, or ``"faiss"`` (``IndexFlatL2``, on the
+            CPU); the results are the same.
+
+    Raises:
+        InputError: for an unknown setting, features with NaN or Inf in the reference, or fewer
+            than k reference samples.
+    """
+
+    name: ClassVar[str] = "knn"
+    representation: ClassVar[str] = "features"
+    needs_fit: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        k: int = 50,
+        metric: Literal["cosine", "euclidean"] = "cosine",
+        standardize: bool = False,
+        max_samples: int | None = None,
+        backend: Literal["torch", "faiss"] = "torch",
+    ) -> None:
+        super().__init__()
+        if k < 1:
+            raise InputError(f"k must be at least 1, got {k}.")
+        if metric not in ("cosine", "euclidean"):
+            raise InputError(f"metric must be 'cosine' or 'euclidean', got {metric!r}.")
+        if backend not in ("torch", "faiss"):
+            raise InputError(f"backend must be 'torch' or 'faiss', got {backend!r}.")
+        if max_samples is not None and max_samples < k:
+            raise InputError(f"max_samples={max_samples} is less than k={k}: keep at least k.")
+        if backend == "faiss":
+            _import_faiss()
+        self.k = k
+        self.metric = metric
+        self.standardize = standardize
+        self.max_samples = max_samples
+        self.backend = backend
+        self._reservoir = Reservoir(max_samples)
+        self._faiss: tuple[Tensor, Any] | None = None
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "k": self.k,
+            "metric": self.metric,
+            "standardize": self.standardize,
+            "max_samples": self.max_samples,
+            "backend": self.backend,
+        }
+
+    def begin(self, classifier: Classifier) -> None:
+        self.fitted = {}
+        self._reservoir = Reservoir(self.max_samples)
+
+    @keeps_state
+    def absorb(self, z: Tensor, labels: Tensor | None, indices: Tensor) -> None:
+        """Take in one reference batch: ``z`` (B, D) floating point; labels are not read."""
+        require_rows(z)
+        self._reservoir.absorb({"features": z.float()}, indices)
+
+    def merge(self, other: KNN) -> None:
+        require_same_config(self, other)
+        self._reservoir.merge(other._reservoir)
+
+    @keeps_state
+    def finish(self) -> None:
+        if self._reservoir.kept < self.k:
+            raise InputError(
+                f"k={self.k} neighbours need as many reference samples, got "
+                f"{self._reservoir.kept}: give more reference data or a smaller k."
+            )
+        bank = self._reservoir.finish()["features"]
+        self._reservoir = Reservoir(self.max_samples)
+        blocks = torch.split(bank, max(1, BLOCK_BYTES // (8 * bank.shape[1])))
+        offset, scale = torch.zeros_like(bank[0]), torch.ones_like(bank[0])
+        # Distances do not change when everything moves, and products cancel less near the origin.
+        if self.standardize or self.metric == "euclidean":
+            mean = torch.stack([block.double().sum(dim=0) for block in blocks]).sum(dim=0)
+            mean /= len(bank)
+            offset = mean.float()
+        if self.standardize:
+            squares = [(block.double() - mean).square().sum(dim=0) for block in blocks]
+            deviation = (torch.stack(squares).sum(dim=0) / len(bank)).sqrt()
+            # Below float32's resolution a spread is rounding, not information.
+            largest = torch.linalg.vector_norm(bank, ord=float("inf"), dim=0)
+            resolution = torch.finfo(torch.float32).eps * largest
+            scale = deviation.float().where(deviation > resolution, scale)
+        self.fitted = {"bank": bank, "offset": offset, "scale": scale}
+        for block in blocks:
+            block.copy_(self._prepared(block))
+
+    def _prepared(self, features: Tensor) -> Tensor:
+        features = (features.float() - self.fitted["offset"]) / self.fitted["scale"]
+        if self.metric == "euclidean":
+            return features
+        # Dividing by the largest entry first keeps the squares of tiny vectors from vanishing.
+        tiny = torch.finfo(torch.float32).tiny
+        features = features / features.abs().amax(dim=1, keepdim=True).clamp(min=tiny)
+        return torch.nn.functional.normalize(features, dim=1)
+
+    @torch.no_grad()
+    def __call__(self, z: Tensor) -> Tensor:
+        """Distances to the k-th neighbour of (B, D) features: (B,) float32, higher = more OOD."""
+        self.require_fitted()
+        bank = self.fitted["bank"]
+        require_rows(z, bank.shape[1])
+        search = self._faiss_search() if self.backend == "faiss" else None
+        return kth_nearest_distance(self._prepared(z), bank, self.k, search=search)
+
+    def _faiss_search(self) -> Search:
+        bank = self.fitted["bank"]
+        if self._faiss is None or self._faiss[0] is not bank:
+            index = _import_faiss().IndexFlatL2(bank.shape[1])
+            index.add(bank.cpu().numpy())
+            self._faiss = (bank, index)
+        index = self._faiss[1]
+
+        def search(queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
+            squared, rows = index.search(queries.cpu().numpy(), count)
+            return (
+                torch.from_numpy(squared).to(queries.device),
+                torch.from_numpy(rows).to(queries.device),
+            )
+
+        return search
+
+
+def kth_nearest_distance(
+    queries: Tensor,
+    bank: Tensor,
+    k: int,
+    *,
+    block_bytes: int | None = None,
+    search: Search | None = None,
+) -> Tensor:
+    """Euclidean distance from every query to its k-th nearest row of the bank.
+
+    Neighbours are ranked by ‖b‖² - 2 q·b, which is a matrix product but cancels when q is close to
+    b. So the distances of the ranks around the k-th are recomputed from the differences, and a
+    query whose k-th neighbour could still be among the ranks left out is searched again with
+    float64 products.
+
+    Args:
+        queries: (B, D) float32.
+        bank: (N, D) float32, N at least k.
+        k: 1 for the nearest.
+        block_bytes: limit on each temporary; ``BLOCK_BYTES`` unless told.
+        search: another way to rank: (queries, count) → squared distances and rows, ascending.
+
+    Returns:
+        (B,) float32.
+    """
+    budget = BLOCK_BYTES if block_bytes is None else block_bytes
+    dim = bank.shape[1]
+    rows_at_once = max(1, budget // (8 * dim * (2 * RANKS_BESIDE + 1)))
+    pieces = []
+    for piece in torch.split(queries, rows_at_once):
+        bank_rows = max(1, budget // (8 * max(len(piece), dim)))
+
+        def by_products(some: Tensor, count: int, step: int = bank_rows) -> tuple[Tensor, Tensor]:
+            return _nearest_by_products(some, bank, count, step)
+
+        squared, doubtful = _kth_squared(piece, bank, k, search or by_products)
+        if bool(doubtful.any()):
+            again, _ = _kth_squared(piece[doubtful].double(), bank, k, by_products)
+            squared[doubtful] = again.float()
+        pieces.append(squared.sqrt())
+    return torch.cat(pieces)
+
+
+def _kth_squared(queries: Tensor, bank: Tensor, k: int, search: Search) -> tuple[Tensor, Tensor]:
+    """Squared distance to the k-th neighbour, and where ``search`` was too coarse to be sure."""
+    first, end = max(0, k - 1 - RANKS_BESIDE), min(len(bank), k + RANKS_BESIDE)
+    ranked, rows = search(queries, end)
+    ranked, rows = ranked[:, first:], rows[:, first:]
+    exact = (bank[rows].to(queries.dtype) - queries.unsqueeze(1)).square().sum(dim=2)
+    kth = exact.sort(dim=1).values[:, k - 1 - first]
+
+    # How far off the other products may be: four times the worst seen here, which notices reduced
+    # precision too (TF32, bf16), and at least one rounding.
+    largest = queries.norm(dim=1) + exact.amax(dim=1).sqrt()
+    rounding = torch.finfo(queries.dtype).eps * largest.square()
+    error = torch.maximum(4 * (ranked - exact).abs().amax(dim=1), rounding)
+    doubtful = torch.zeros_like(kth, dtype=torch.bool)
+    if first > 0:  # one of the nearer ranks left out may really be beyond the k-th
+        doubtful |= ranked[:, 0] + error > kth
+    if end < len(bank):  # one of the farther ranks left out may really be within the k-th
+        doubtful |= ranked[:, -1] - error < kth
+    return kth, doubtful & (error > RELATIVE_ERROR * kth)
+
+
+def _nearest_by_products(
+    queries: Tensor, bank: Tensor, count: int, bank_rows: int
+) -> tuple[Tensor, Tensor]:
+    """The ``count`` nearest rows of the bank, (B, count), ascending: a running selection over
+    blocks of ``bank_rows`` rows, in the queries' precision."""
+    best: tuple[Tensor, Tensor] | None = None
+    start = 0
+    for block in torch.split(bank, bank_rows):
+        block = block.to(queries.dtype)
+        # ‖q‖² is the same for the whole row: left to the end.
+        partial = torch.addmm(block.square().sum(dim=1), queries, block.T, alpha=-2)
+        values, rows = partial.topk(min(count, len(block)), dim=1, largest=False)
+        rows = rows + start
+        start += len(block)
+        if best is not None:
+            values, rows = torch.cat([best[0], values], dim=1), torch.cat([best[1], rows], dim=1)
+            values, chosen = values.topk(min(count, values.shape[1]), dim=1, largest=False)
+            rows = rows.gather(1, chosen)
+        best = values, rows
+    assert best is not None
+    return best[0] + queries.square().sum(dim=1, keepdim=True), best[1]
+
+
+def _import_faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise InputError(
+            "KNN(backend='faiss') needs faiss, which is not installed: "
+            'pip install "grood-fast[faiss]", or use backend="torch".'
+        ) from error
+    return faiss

@@ -1,0 +1,117 @@
+"""The one pass over a loader, and what it leaves of each batch for the representations to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from grood_fast import ops
+from grood_fast.batches import preview
+from grood_fast.classifier import Classifier
+from grood_fast.errors import HeadNotFoundError
+
+_SUMMARY = ("energy", "log_sum_exp", "maximum", "l1", "l2", "argmax")
+
+
+class LogitStatistics:
+    """One batch of logits, and what all scores on logits share, computed once a temperature.
+
+    Calling it gives the energy, log-sum-exp, maximum, argmax and the L1 and L2 norms of the
+    predicted-label gradient p − e_ŷ, each (B,): see :func:`grood_fast.ops.logit_gradient`.
+
+    Args:
+        logits: (B, C) floating point.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        self._summaries: dict[float, ops.LogitGradient] = {}
+
+    def __call__(self, temperature: float = 1.0) -> ops.LogitGradient:
+        summary = self._summaries.get(temperature)
+        if summary is None:
+            summary = ops.logit_gradient(
+                self.logits, "predicted", temperature=temperature, outputs=_SUMMARY
+            )
+            self._summaries[temperature] = summary
+        return summary
+
+    @classmethod
+    def of(cls, logits: LogitStatistics | Tensor) -> LogitStatistics:
+        """Plain logits (B, C) as statistics; statistics as they are."""
+        return logits if isinstance(logits, LogitStatistics) else cls(logits)
+
+
+@dataclass(frozen=True, eq=False)
+class Signals:
+    """What one batch of B samples left behind.
+
+    Attributes:
+        logits: (B, C), in the model's dtype, on its device.
+        penultimate: (B, D) penultimate features, or None where nobody asked for them.
+        labels: (B,) int64 on the model's device, or None where the loader gives none.
+        indices: (B,) int64 on the CPU, the samples' positions in the loader.
+    """
+
+    logits: Tensor
+    penultimate: Tensor | None
+    labels: Tensor | None
+    indices: Tensor
+
+    @property
+    def features(self) -> Tensor:
+        """The penultimate features, (B, D).
+
+        Raises:
+            HeadNotFoundError: the pass was made without them.
+        """
+        if self.penultimate is None:
+            raise HeadNotFoundError(
+                'These signals hold no penultimate features: make the pass with needs={"features"}.'
+            )
+        return self.penultimate
+
+    @cached_property
+    def statistics(self) -> LogitStatistics:
+        """The logits' softmax statistics, shared by everything that reads them."""
+        return LogitStatistics(self.logits)
+
+    @property
+    def predictions(self) -> Tensor:
+        """(B,) int64 predicted classes."""
+        argmax = self.statistics().argmax
+        assert argmax is not None
+        return argmax
+
+
+def stream(
+    classifier: Classifier, loader: Iterable[object], needs: frozenset[str] | set[str]
+) -> Iterator[Signals]:
+    """One pass of the classifier over a loader, batch by batch, in evaluation mode.
+
+    The model is borrowed from the first batch to the end of the iteration, and comes back as it
+    was when the iterator ends, is closed or fails: close it (``contextlib.closing``) where the
+    loop may stop early.
+
+    Args:
+        classifier: the user's model.
+        loader: yields batches; see :func:`grood_fast.batches.parse_batch`.
+        needs: signals beside the logits, a subset of ``{"features"}``.
+
+    Raises:
+        InputError: an empty loader, or a batch that does not fit.
+        HeadNotFoundError: features are needed and the model has no linear head.
+    """
+    with classifier.session(features="features" in needs):
+        _, batches = preview(loader)
+        start = 0
+        for batch in batches:
+            logits, features = classifier.forward(batch)
+            labels = None if batch.labels is None else batch.labels.to(logits.device)
+            indices = torch.arange(start, start + batch.size)
+            start += batch.size
+            yield Signals(logits, features, labels, indices)
