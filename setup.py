@@ -1,8 +1,8 @@
 """Builds the two extensions with ninja: `_ops.so`, the torch ops, and `_kernels`, the NumPy side.
 
 The torch ops use LibTorch's stable ABI only, so one binary serves every torch from the version
-below on, and torch is needed for its headers and link libraries alone. They are taken from the torch
-that is *installed* for this interpreter, also when pip builds in an isolated environment.
+below on, and torch is needed for its headers and link libraries alone. They are taken from the
+torch that is *installed* for this interpreter, also when pip builds in an isolated environment.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def installed_torch() -> dict[str, str]:
     if found.returncode != 0:
         raise PlatformError(
             f"grood-fast compiles against an installed torch, and {sys.executable} has none: "
-            f"install torch>={wanted} first (for example: pip install torch==2.13.0), then try again."
+            f"install torch>={wanted} first (for example: pip install torch==2.13.0), then try "
+            "again."
         )
     torch: dict[str, str] = json.loads(found.stdout.strip().splitlines()[-1])
     if tuple(map(int, torch["version"].split("+")[0].split(".")[:2])) < TORCH_TARGET:
@@ -73,7 +74,7 @@ def compiler() -> list[str]:
     )
 
 
-class NinjaBuild(build_ext):
+class NinjaBuild(build_ext):  # type: ignore[misc]
     """Writes one ninja file for both extensions and runs it."""
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -86,7 +87,8 @@ class NinjaBuild(build_ext):
         cxx, torch = compiler(), installed_torch()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        self.announce(f"grood-fast: compiling with {cxx[0]} against torch {torch['version']}", level=2)
+        compiling = f"grood-fast: compiling with {cxx[0]} against torch {torch['version']}"
+        self.announce(compiling, level=2)
         (build / "build.ninja").write_text(self.ninja_file(cxx, torch, build))
         try:
             subprocess.run([ninja(), "-C", str(build), *jobs()], check=True)
@@ -167,7 +169,9 @@ def ninja() -> str:
     except ImportError:
         if found := shutil.which("ninja"):
             return found
-        raise PlatformError("grood-fast builds with ninja: pip install ninja, then try again.") from None
+        raise PlatformError(
+            "grood-fast builds with ninja: pip install ninja, then try again."
+        ) from None
 
 
 def jobs() -> list[str]:

@@ -71,8 +71,8 @@ class Component(ABC):
         """Raises NotFittedError where ``is_fitted`` is False."""
         if not self.is_fitted:
             raise NotFittedError(
-                f"{type(self).__name__} has not seen reference data yet: call fit(model, reference) "
-                "or pass reference= to score()."
+                f"{type(self).__name__} has not seen reference data yet: call fit(model, "
+                "reference) or pass reference= to score()."
             )
 
     def to(self: Self, device: torch.device | str) -> Self:

@@ -126,7 +126,8 @@ class Objective:
             return None
         if len(self.target) != logits.shape[1]:
             raise InputError(
-                f"the confounding label has {len(self.target)} entries, the logits {logits.shape[1]}"
+                f"the confounding label has {len(self.target)} entries, the logits "
+                f"{logits.shape[1]}"
             )
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         return torch.tensor(self.target, dtype=dtype, device=logits.device)

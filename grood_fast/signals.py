@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +15,32 @@ from grood_fast.batches import preview
 from grood_fast.classifier import Classifier
 from grood_fast.errors import HeadNotFoundError
 
-_SUMMARY = ("energy", "log_sum_exp", "maximum", "l1", "l2", "argmax")
+
+class LogitSummary(NamedTuple):
+    """Softmax statistics of one batch of logits at one temperature T, each (B,).
+
+    Attributes:
+        energy: −T·logsumexp(f/T).
+        log_sum_exp: logsumexp(f/T).
+        maximum: max_c f_c.
+        l1: ‖(p − e_ŷ)/T‖₁, of the predicted-label gradient.
+        l2: ‖(p − e_ŷ)/T‖₂.
+        argmax: ŷ, int64.
+    """
+
+    energy: Tensor
+    log_sum_exp: Tensor
+    maximum: Tensor
+    l1: Tensor
+    l2: Tensor
+    argmax: Tensor
 
 
 class LogitStatistics:
     """One batch of logits, and what all scores on logits share, computed once a temperature.
 
-    Calling it gives the energy, log-sum-exp, maximum, argmax and the L1 and L2 norms of the
-    predicted-label gradient p − e_ŷ, each (B,): see :func:`grood_fast.ops.logit_gradient`.
+    Calling it with a temperature gives the :class:`LogitSummary`, from one read of the logits:
+    see :func:`grood_fast.ops.logit_gradient`.
 
     Args:
         logits: (B, C) floating point.
@@ -29,14 +48,16 @@ class LogitStatistics:
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
-        self._summaries: dict[float, ops.LogitGradient] = {}
+        self._summaries: dict[float, LogitSummary] = {}
 
-    def __call__(self, temperature: float = 1.0) -> ops.LogitGradient:
+    def __call__(self, temperature: float = 1.0) -> LogitSummary:
         summary = self._summaries.get(temperature)
         if summary is None:
-            summary = ops.logit_gradient(
-                self.logits, "predicted", temperature=temperature, outputs=_SUMMARY
+            fields = LogitSummary._fields
+            gradient = ops.logit_gradient(
+                self.logits, "predicted", temperature=temperature, outputs=fields
             )
+            summary = LogitSummary(*(getattr(gradient, field) for field in fields))
             self._summaries[temperature] = summary
         return summary
 
@@ -83,9 +104,7 @@ class Signals:
     @property
     def predictions(self) -> Tensor:
         """(B,) int64 predicted classes."""
-        argmax = self.statistics().argmax
-        assert argmax is not None
-        return argmax
+        return self.statistics().argmax
 
 
 def stream(

@@ -20,12 +20,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grood_fast.errors import DataUnavailableError
+from grood_fast.persistence import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -52,19 +51,6 @@ def cache_directory() -> Path:
         return Path(chosen).expanduser()
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(root).expanduser() / "grood-fast"
-
-
-@contextmanager
-def atomic_write(target: Path) -> Iterator[Path]:
-    """A temporary path beside ``target`` that takes its place when the block ends without error.
-
-    Readers never see half a file, and of two processes that write at once the last one wins.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
-        temporary = Path(folder) / target.name
-        yield temporary
-        temporary.replace(target)
 
 
 def file_sha256(path: Path) -> str:

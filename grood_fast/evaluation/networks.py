@@ -15,18 +15,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
-from grood_fast.errors import InputError
+from grood_fast import persistence
+from grood_fast.errors import InputError, PersistenceError
 from grood_fast.evaluation.datasets import Splits, fashion_mnist
 from grood_fast.evaluation.fetch import (
     Package,
-    arrays_sha256,
-    atomic_write,
     cache_directory,
     fetch,
     read_members,
@@ -418,34 +415,32 @@ def _local_random_state(seed: int) -> Iterator[None]:
 # ---------------------------------------------------------------------------- checkpoints
 
 
+_KIND, _VERSION = "benchmark network", 1
+
+
 def _save(network: TrainedNetwork) -> None:
-    weights = {name: tensor.contiguous() for name, tensor in network.model.state_dict().items()}
-    record = {
-        "recipe": asdict(network.recipe),
-        "validation_accuracy": network.validation_accuracy,
-        "test_accuracy": network.test_accuracy,
-        "cpu_seconds": network.cpu_seconds,
-        "weights_sha256": _weights_sha256(weights),
-    }
-    with atomic_write(network.recipe.checkpoint) as temporary:
-        save_file(weights, temporary, metadata={"grood_fast": json.dumps(record, sort_keys=True)})
+    persistence.write(
+        network.recipe.checkpoint,
+        kind=_KIND,
+        version=_VERSION,
+        header={
+            "recipe": asdict(network.recipe),
+            "validation_accuracy": network.validation_accuracy,
+            "test_accuracy": network.test_accuracy,
+            "cpu_seconds": network.cpu_seconds,
+        },
+        tensors=network.model.state_dict(),
+    )
 
 
 def _load(recipe: Recipe) -> TrainedNetwork | None:
     """The recipe's network from the cache; None if it is not there or damaged."""
-    path = recipe.checkpoint
-    if not path.is_file():
+    if not recipe.checkpoint.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {})["grood_fast"])
-            weights = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        intact = record["weights_sha256"] == _weights_sha256(weights)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        logger.debug("%s: %s", path, error)
-        intact = False
-    if not intact:
-        logger.warning("%s is damaged: training the network again", path)
+        header, weights = persistence.read(recipe.checkpoint, kind=_KIND, version=_VERSION)
+    except PersistenceError as error:
+        logger.warning("training the network again: %s", error)
         return None
     with _local_random_state(recipe.seed):
         model = small_residual_network(len(weights["head.bias"]))
@@ -453,11 +448,7 @@ def _load(recipe: Recipe) -> TrainedNetwork | None:
     return TrainedNetwork(
         model=_channels_last(model).eval(),
         recipe=recipe,
-        validation_accuracy=record["validation_accuracy"],
-        test_accuracy=record["test_accuracy"],
-        cpu_seconds=record["cpu_seconds"],
+        validation_accuracy=header["validation_accuracy"],
+        test_accuracy=header["test_accuracy"],
+        cpu_seconds=header["cpu_seconds"],
     )
-
-
-def _weights_sha256(weights: dict[str, Tensor]) -> str:
-    return arrays_sha256({name: tensor.numpy() for name, tensor in weights.items()})

@@ -157,7 +157,9 @@ def set_simd_level(level: str) -> None:
     """
     if not (_ops.set_simd_level(level) and _kernels.set_simd_level(level)):
         supported = ", ".join(_kernels.build_facts()["simd_levels_supported"])
-        raise InputError(f"instruction set {level!r} is not available; this machine has: {supported}")
+        raise InputError(
+            f"instruction set {level!r} is not available; this machine has: {supported}"
+        )
 
 
 # --- fake kernels: shapes and dtypes for torch.compile and fake tensors ---------------------------
@@ -167,7 +169,7 @@ def _real(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("grood_fast::logit_gradient")
+@torch.library.register_fake("grood_fast::logit_gradient")  # type: ignore[untyped-decorator]
 def _(
     logits: Tensor, objective: int, temperature: float, target: Tensor | None, outputs: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,7 +184,7 @@ def _(
     )
 
 
-@torch.library.register_fake("grood_fast::head_gradient_norm")
+@torch.library.register_fake("grood_fast::head_gradient_norm")  # type: ignore[untyped-decorator]
 def _(
     logits: Tensor,
     features: Tensor,

@@ -30,19 +30,22 @@ def load() -> Any:
         from grood_fast import _kernels
     except ImportError as error:
         raise ExtensionError(
-            f"grood-fast's compiled kernels are missing or do not fit this Python ({error}); {_REBUILD}"
+            f"grood-fast's compiled kernels are missing or do not fit this Python ({error}); "
+            f"{_REBUILD}"
         ) from error
     if _version(torch.__version__) < _OLDEST_TORCH:
         raise ExtensionError(
-            f"grood-fast was compiled against torch {_kernels.build_facts()['torch']} and serves torch "
-            f">= {'.'.join(map(str, _OLDEST_TORCH))}; installed is {torch.__version__}. Upgrade torch."
+            f"grood-fast was compiled against torch {_kernels.build_facts()['torch']} and serves "
+            f"torch >= {'.'.join(map(str, _OLDEST_TORCH))}; installed is {torch.__version__}. "
+            "Upgrade torch."
         )
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ExtensionError(
-            f"grood-fast's torch ops ({path}), compiled against torch {_kernels.build_facts()['torch']}, "
-            f"do not load under torch {torch.__version__}: {error}; {_REBUILD}"
+            f"grood-fast's torch ops ({path}), compiled against torch "
+            f"{_kernels.build_facts()['torch']}, do not load under torch "
+            f"{torch.__version__}: {error}; {_REBUILD}"
         ) from error
     if complaint := _kernels.build_facts()["simd_level_complaint"]:
         supported = ", ".join(_kernels.build_facts()["simd_levels_supported"])

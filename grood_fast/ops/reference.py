@@ -47,7 +47,8 @@ def row_norm(rows: Tensor, norm: str) -> Tensor:
     """The L1, L2 or L∞ norm of each row of (B, N): (B,)."""
     if rows.shape[1] == 0:
         return rows.new_zeros(rows.shape[0])
-    return torch.linalg.vector_norm(rows, ord=_NORM_ORDER[norm], dim=1)
+    norms: Tensor = torch.linalg.vector_norm(rows, ord=_NORM_ORDER[norm], dim=1)
+    return norms
 
 
 def head_gradient_norm(
@@ -73,7 +74,11 @@ def logit_gradient_vjp(
     if objective in ("energy", "uniform", "predicted"):
         p = torch.softmax(logits / temperature, dim=1)
         through_softmax = p * (grad - (p * grad).sum(dim=1, keepdim=True)) / temperature
-        factor = {"energy": -1.0, "uniform": logits.shape[1] / temperature, "predicted": 1 / temperature}
+        factor = {
+            "energy": -1.0,
+            "uniform": logits.shape[1] / temperature,
+            "predicted": 1 / temperature,
+        }
         return factor[objective] * through_softmax
     if objective == "confounding":
         s = torch.sigmoid(logits)

@@ -9,7 +9,7 @@ from grood_fast.signals import LogitStatistics, Signals
 
 
 class Logits(Representation):
-    """The classifier's logits (B, C), with their softmax statistics computed once for all scores."""
+    """The logits (B, C), with their softmax statistics computed once for all scores."""
 
     name = "logits"
 

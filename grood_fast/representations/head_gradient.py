@@ -49,6 +49,4 @@ class HeadGradient(Representation):
         return {"objective": self.objective.config(), "bias": self.bias}
 
     def __call__(self, signals: Signals) -> HeadGradientFactors:
-        return HeadGradientFactors(
-            self.objective, signals.statistics, signals.features, self.bias
-        )
+        return HeadGradientFactors(self.objective, signals.statistics, signals.features, self.bias)

@@ -51,7 +51,6 @@ class ExpectedGradientNorm(Score):
 
     def __call__(self, z: HeadGradientFactors) -> Tensor:
         summary = z.statistics()
-        assert summary.l1 is not None and summary.l2 is not None
         # With s = 1 − p_ŷ: ‖p − e_ŷ‖₁ = 2s and ‖p − e_ŷ‖₂² = s² + Σ_{c≠ŷ} p_c², hence
         # 1 − Σ p² = 2s − ‖p − e_ŷ‖₂², which loses no digits where the model is sure.
         return 2 * ops.reference.row_norm(z.features, "l1") * (summary.l1 - summary.l2.square())

@@ -39,9 +39,7 @@ class MSP(_LogitScore):
 
     def __call__(self, z: LogitStatistics | Tensor) -> Tensor:
         # ‖p − e_ŷ‖₁ / T = 2 (1 − p_ŷ) / T
-        l1 = LogitStatistics.of(z)(self.temperature).l1
-        assert l1 is not None
-        return l1 * (self.temperature / 2)
+        return LogitStatistics.of(z)(self.temperature).l1 * (self.temperature / 2)
 
 
 class MaxLogit(Score):
@@ -51,9 +49,7 @@ class MaxLogit(Score):
     representation = "logits"
 
     def __call__(self, z: LogitStatistics | Tensor) -> Tensor:
-        maximum = LogitStatistics.of(z)().maximum
-        assert maximum is not None
-        return -maximum
+        return -LogitStatistics.of(z)().maximum
 
 
 class Energy(_LogitScore):
@@ -66,9 +62,7 @@ class Energy(_LogitScore):
     name = "energy"
 
     def __call__(self, z: LogitStatistics | Tensor) -> Tensor:
-        energy = LogitStatistics.of(z)(self.temperature).energy
-        assert energy is not None
-        return energy
+        return LogitStatistics.of(z)(self.temperature).energy
 
 
 class GEN(Score):
@@ -94,7 +88,6 @@ class GEN(Score):
     def __call__(self, z: LogitStatistics | Tensor) -> Tensor:
         statistics = LogitStatistics.of(z)
         summary = statistics()
-        assert summary.log_sum_exp is not None and summary.l1 is not None
         largest = statistics.logits
         if largest.shape[1] > self.top:
             largest = largest.topk(self.top, dim=1).values
