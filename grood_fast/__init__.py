@@ -1,1 +1,86 @@
-"""Out-of-distribution scores for PyTorch classifiers, from their gradients."""
+"""Out-of-distribution scores for PyTorch classifiers, from their gradients.
+
+``score(model, loader)`` gives one number a sample; higher = more out of distribution, always.
+Everything here is imported when it is first used, so that ``grood_fast._kernels``, the kernels on
+NumPy arrays, works without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grood_fast.detectors import DETECTORS as DETECTORS
+    from grood_fast.detectors import Calibration as Calibration
+    from grood_fast.detectors import Detector as Detector
+    from grood_fast.detectors import ExGrad as ExGrad
+    from grood_fast.detectors import GradNorm as GradNorm
+    from grood_fast.detectors import detector as detector
+    from grood_fast.errors import GroodFastError as GroodFastError
+    from grood_fast.evaluation import Report as Report
+    from grood_fast.evaluation import evaluate as evaluate
+    from grood_fast.objectives import Objective as Objective
+    from grood_fast.representations import HeadGradient as HeadGradient
+    from grood_fast.representations import Logits as Logits
+    from grood_fast.representations import PenultimateFeatures as PenultimateFeatures
+    from grood_fast.results import Scores as Scores
+    from grood_fast.results import ScoreTable as ScoreTable
+    from grood_fast.scores import GEN as GEN
+    from grood_fast.scores import KNN as KNN
+    from grood_fast.scores import MSP as MSP
+    from grood_fast.scores import ClassGMM as ClassGMM
+    from grood_fast.scores import Energy as Energy
+    from grood_fast.scores import ExpectedGradientNorm as ExpectedGradientNorm
+    from grood_fast.scores import GradientNorm as GradientNorm
+    from grood_fast.scores import Mahalanobis as Mahalanobis
+    from grood_fast.scores import MaxLogit as MaxLogit
+    from grood_fast.scores import RelativeMahalanobis as RelativeMahalanobis
+    from grood_fast.scores import Score as Score
+    from grood_fast.scores import ViM as ViM
+    from grood_fast.scoring import fit as fit
+    from grood_fast.scoring import load as load
+    from grood_fast.scoring import score as score
+
+_PUBLIC = {
+    "detectors": ("DETECTORS", "Calibration", "Detector", "ExGrad", "GradNorm", "detector"),
+    "errors": ("GroodFastError",),
+    "evaluation": ("Report", "evaluate"),
+    "objectives": ("Objective",),
+    "representations": ("HeadGradient", "Logits", "PenultimateFeatures"),
+    "results": ("ScoreTable", "Scores"),
+    "scores": (
+        "GEN",
+        "KNN",
+        "MSP",
+        "ClassGMM",
+        "Energy",
+        "ExpectedGradientNorm",
+        "GradientNorm",
+        "Mahalanobis",
+        "MaxLogit",
+        "RelativeMahalanobis",
+        "Score",
+        "ViM",
+    ),
+    "scoring": ("fit", "load", "score"),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = [*_HOME]  # noqa: PLE0604
+
+try:
+    __version__ = version("grood-fast")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

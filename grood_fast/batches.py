@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 
 from grood_fast.errors import InputError, LoaderWarning
+from grood_fast.hashing import hash_rows
 
 FORMATS = (
     "a tensor x, a tuple or list (x,), (x, y) or (x, y, ...), a dict with 'data' and 'label', "
@@ -67,6 +68,12 @@ class Batch:
 
         labels = None if self.labels is None else move(self.labels)
         return replace(self.map_inputs(move), labels=labels)
+
+    def fingerprints(self) -> Tensor:
+        """(B,) int64 on the CPU: a hash of each sample's input, equal for equal inputs."""
+        inputs = (*self.args, *self.kwargs.values())
+        hashes = [hash_rows(value) for value in inputs if _has_rows(value, self.size)]
+        return hash_rows(torch.stack(hashes, dim=1))
 
     def first(self, count: int) -> Batch:
         """The first ``count`` samples; the whole batch if some argument has not B rows."""

@@ -98,13 +98,43 @@ class Classifier:
         first = next(_tensors(self.model), None)
         return torch.device("cpu") if first is None else first.device
 
-    def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal) of the head's weight and bias: their shapes and float32 bytes."""
-        digest = hashlib.sha256()
-        for tensor in (self.weight, self.bias):
-            if tensor is not None:
-                digest.update(str(tuple(tensor.shape)).encode())
-                digest.update(tensor.cpu().contiguous().numpy().astype("<f4", copy=False).data)
+    @property
+    def has_head(self) -> bool:
+        """Whether :meth:`find_head` has found one."""
+        return self._found_head is not None
+
+    def fingerprint(self, layer: str | None = None) -> str:
+        """SHA-256 (hexadecimal) of a layer's weight and bias: their shapes and float32 bytes.
+
+        Args:
+            layer: the head, unless told; by its name in ``model.named_modules()`` it needs no
+                batch to be found. A module without a weight matrix, such as the model itself
+                (``""``), counts with all its parameters and buffers.
+
+        Raises:
+            HeadNotFoundError: the head has not been found, or there is no such layer.
+        """
+        if layer is None:
+            module = self._head.module
+        else:
+            try:
+                module = self.model.get_submodule(layer)
+            except AttributeError:
+                raise HeadNotFoundError(
+                    f"{type(self.model).__name__} has no layer {layer!r}."
+                ) from None
+        with _undisturbed(module):
+            tensors: Iterable[Tensor | None] = (
+                (_weight_matrix(module), _bias_vector(module))
+                if _has_weight_matrix(module)
+                else [tensor.detach() for tensor in _tensors(module)]
+            )
+            digest = hashlib.sha256()
+            for tensor in tensors:
+                if tensor is not None:
+                    digest.update(str(tuple(tensor.shape)).encode())
+                    values = tensor.float().cpu().contiguous().numpy()
+                    digest.update(values.astype("<f4", copy=False).data)
         return digest.hexdigest()
 
     def find_head(self, batch: Batch) -> None:

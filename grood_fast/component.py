@@ -44,6 +44,10 @@ class Component(ABC):
         same component, unfitted."""
         return {}
 
+    def fresh(self: Self) -> Self:
+        """The same component, unfitted."""
+        return type(self)(**self.config())
+
     def begin(self, classifier: Classifier) -> None:
         """Forget what was fitted and start a new pass over the reference data."""
 

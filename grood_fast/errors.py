@@ -38,5 +38,9 @@ class FitWarning(UserWarning):
     """Something about the reference or calibration data deserves a second look."""
 
 
+class ScoreWarning(UserWarning):
+    """Some samples have no score."""
+
+
 class LoaderWarning(UserWarning):
     """The loader's order or length is not what the scores' order relies on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grood_fast import ops
-from grood_fast.batches import preview
+from grood_fast.batches import Batch, preview
 from grood_fast.classifier import Classifier
 from grood_fast.errors import HeadNotFoundError
 
@@ -76,12 +76,14 @@ class Signals:
         penultimate: (B, D) penultimate features, or None where nobody asked for them.
         labels: (B,) int64 on the model's device, or None where the loader gives none.
         indices: (B,) int64 on the CPU, the samples' positions in the loader.
+        batch: what the model was given, as the loader yielded it.
     """
 
     logits: Tensor
     penultimate: Tensor | None
     labels: Tensor | None
     indices: Tensor
+    batch: Batch
 
     @property
     def features(self) -> Tensor:
@@ -109,7 +111,7 @@ class Signals:
 
 def stream(
     classifier: Classifier, loader: Iterable[object], needs: frozenset[str] | set[str]
-) -> Iterator[Signals]:
+) -> Generator[Signals, None, None]:
     """One pass of the classifier over a loader, batch by batch, in evaluation mode.
 
     The model is borrowed from the first batch to the end of the iteration, and comes back as it
@@ -133,4 +135,4 @@ def stream(
             labels = None if batch.labels is None else batch.labels.to(logits.device)
             indices = torch.arange(start, start + batch.size)
             start += batch.size
-            yield Signals(logits, features, labels, indices)
+            yield Signals(logits, features, labels, indices, batch)

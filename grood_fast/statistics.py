@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from grood_fast.errors import FitWarning, InputError
+from grood_fast.hashing import hash_indices
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -533,34 +534,6 @@ class Reservoir:
         mask = torch.zeros_like(indices, dtype=torch.bool)
         mask[order[: self.capacity]] = True
         return mask
-
-
-def hash_indices(indices: Tensor, seed: int = 0) -> Tensor:
-    """64-bit hash of (index, seed): SplitMix64's output function (Steele, Lea and Flood 2014).
-
-    A bijection for a given seed, so different indices never tie.
-
-    Args:
-        indices: (B,) int64.
-        seed: any integer.
-
-    Returns:
-        (B,) int64, to be compared as signed numbers.
-    """
-    state = indices + _signed(0x9E3779B97F4A7C15 * (seed + 1))
-    state = (state ^ _shift_right(state, 30)) * _signed(0xBF58476D1CE4E5B9)
-    state = (state ^ _shift_right(state, 27)) * _signed(0x94D049BB133111EB)
-    return state ^ _shift_right(state, 31)
-
-
-def _signed(value: int) -> int:
-    """The 64 low bits of a number, read as a signed integer."""
-    return (value + 2**63) % 2**64 - 2**63
-
-
-def _shift_right(values: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's own copies the sign bit of int64."""
-    return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _no_samples() -> InputError:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grood_fast.errors import FitWarning, InputError
-from grood_fast.statistics import ClassMoments, Moments, Reservoir, hash_indices
+from grood_fast.hashing import hash_indices
+from grood_fast.statistics import ClassMoments, Moments, Reservoir
 
 
 def _rows(count: int = 301, dim: int = 7, mean: float = 0.0, seed: int = 0) -> Tensor:

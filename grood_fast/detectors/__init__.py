@@ -1,0 +1,20 @@
+"""Detectors: a representation and a score for one classifier, fitted, calibrated and saved."""
+
+from __future__ import annotations
+
+from grood_fast.detectors.calibration import Calibration
+from grood_fast.detectors.detector import Detector, Fitting, fit_together, score_together
+from grood_fast.detectors.named import DETECTORS, ExGrad, GradNorm, by_unique_name, detector
+
+__all__ = [
+    "DETECTORS",
+    "Calibration",
+    "Detector",
+    "ExGrad",
+    "Fitting",
+    "GradNorm",
+    "by_unique_name",
+    "detector",
+    "fit_together",
+    "score_together",
+]

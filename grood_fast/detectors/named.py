@@ -1,0 +1,124 @@
+"""The named detectors: each a representation and a score, with the paper they come from.
+
+A named detector differs from :class:`~grood_fast.detectors.detector.Detector` in nothing but its
+constructor.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from grood_fast.detectors.detector import Detector
+from grood_fast.errors import InputError
+from grood_fast.representations import HeadGradient
+from grood_fast.scores import (
+    GEN,
+    KNN,
+    MSP,
+    ClassGMM,
+    Energy,
+    ExpectedGradientNorm,
+    GradientNorm,
+    Mahalanobis,
+    MaxLogit,
+    RelativeMahalanobis,
+    Score,
+    ViM,
+)
+
+
+class GradNorm(Detector):
+    """GradNorm (Huang, Geng and Li, NeurIPS 2021, eq. 4): −‖dL/dW‖ of the last layer.
+
+    L is the cross-entropy between the softmax and the uniform distribution, summed over the
+    classes as :class:`~grood_fast.objectives.Objective` "uniform"; in-distribution samples have
+    the larger gradient, so the norm is negated: higher = more OOD.
+
+    Args:
+        norm: ``"l1"`` as in the paper, ``"l2"`` or ``"linf"``.
+        temperature: T of the softmax; the paper's 1.
+        bias: whether the bias' gradient counts too; the paper takes the weight alone.
+    """
+
+    def __init__(self, norm: str = "l1", temperature: float = 1.0, bias: bool = False) -> None:
+        objective = {"name": "uniform", "temperature": temperature}
+        super().__init__(GradientNorm(norm), HeadGradient(objective, bias), name="gradnorm")
+
+
+class ExGrad(Detector):
+    """ExGrad (Igoe et al. 2022): the expected L1 norm of the last layer's cross-entropy gradient.
+
+    The expectation is over labels drawn from the model's own softmax; see
+    :class:`~grood_fast.scores.ExpectedGradientNorm`. Higher = more OOD.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(ExpectedGradientNorm(), HeadGradient("predicted"), name="exgrad")
+
+
+DETECTORS: dict[str, Callable[..., Score | Detector]] = {
+    "msp": MSP,
+    "maxlogit": MaxLogit,
+    "energy": Energy,
+    "gen": GEN,
+    "knn": KNN,
+    "mahalanobis": Mahalanobis,
+    "rmd": RelativeMahalanobis,
+    "gmm": ClassGMM,
+    "vim": ViM,
+    "gradnorm": GradNorm,
+    "exgrad": ExGrad,
+}
+"""Registry name → what makes it; every name is also the detector's own."""
+
+
+def detector(spec: str | Score | Detector, **options: Any) -> Detector:
+    """A detector from its registry name, from a score, or itself.
+
+    Args:
+        spec: a name in ``DETECTORS``; a :class:`~grood_fast.scores.Score`, which becomes a detector
+            on the representation it reads; or a detector.
+        **options: arguments of the named detector or score.
+
+    Raises:
+        InputError: an unknown name, options it does not take, or options beside an object.
+    """
+    if isinstance(spec, str):
+        maker = DETECTORS.get(spec)
+        if maker is None:
+            raise InputError(f"unknown detector {spec!r}; known: {', '.join(DETECTORS)}.")
+        try:
+            inspect.signature(maker).bind(**options)
+        except TypeError as error:
+            raise InputError(
+                f"{spec}: {error}; its arguments: {inspect.signature(maker)}."
+            ) from None
+        spec = maker(**options)
+    elif options:
+        raise InputError(
+            f"options {sorted(options)} go with a detector's name, not with an object that has "
+            "been made already."
+        )
+    if isinstance(spec, Detector):
+        return spec
+    if isinstance(spec, Score):
+        return Detector(spec)
+    raise InputError(
+        f"expected a detector's name, a score or a detector, got {type(spec).__name__}; names: "
+        f"{', '.join(DETECTORS)}."
+    )
+
+
+def by_unique_name(specs: Iterable[str | Score | Detector]) -> dict[str, Detector]:
+    """Detectors by name, in order; a name that comes again gets a number: knn, knn-2, knn-3."""
+    named: dict[str, Detector] = {}
+    for spec in specs:
+        made = detector(spec)
+        name, number = made.name, 1
+        while name in named:
+            number += 1
+            name = f"{made.name}-{number}"
+        named[name] = made
+    return named

@@ -1,0 +1,61 @@
+"""What scoring returns: one number a sample, and what the classifier said about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Scores(Tensor):
+    """Scores of one detector: a 1-D float32 CPU tensor in loader order; higher = more OOD.
+
+    It is a tensor, and what is computed from it is a plain one.
+
+    Attributes:
+        predictions: (N,) int64 predicted classes.
+        labels: (N,) int64 labels the loader gave, or None.
+        detector: the detector's name.
+    """
+
+    predictions: Tensor
+    labels: Tensor | None
+    detector: str
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, values: Tensor, predictions: Tensor, labels: Tensor | None, name: str) -> Scores:
+        """Scores from (N,) values."""
+        scores = values.detach().to("cpu", torch.float32).as_subclass(cls)
+        scores.predictions, scores.labels, scores.detector = predictions, labels, name
+        return scores
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Tensor's own would drop the attributes on copies and on the way to another process.
+        plain = self.as_subclass(Tensor)
+        return Scores.of, (plain, self.predictions, self.labels, self.detector)
+
+    def __deepcopy__(self, memo: Any) -> Scores:
+        plain = self.as_subclass(Tensor).clone()
+        return Scores.of(plain, self.predictions, self.labels, self.detector)
+
+
+class ScoreTable(dict[str, Scores]):
+    """Scores of several detectors from one pass: unique name → :class:`Scores`, in order.
+
+    Attributes:
+        predictions: (N,) int64 predicted classes.
+        labels: (N,) int64 labels the loader gave, or None.
+    """
+
+    def __init__(
+        self, columns: Mapping[str, Tensor], predictions: Tensor, labels: Tensor | None
+    ) -> None:
+        super().__init__(
+            {name: Scores.of(values, predictions, labels, name) for name, values in columns.items()}
+        )
+        self.predictions = predictions
+        self.labels = labels
