@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from grood_fast.detectors.base import Detector, Fitting, fit_together, score_together
 from grood_fast.detectors.calibration import Calibration
-from grood_fast.detectors.detector import Detector, Fitting, fit_together, score_together
 from grood_fast.detectors.named import DETECTORS, ExGrad, GradNorm, by_unique_name, detector
 
 __all__ = [

@@ -1,6 +1,6 @@
 """The named detectors: each a representation and a score, with the paper they come from.
 
-A named detector differs from :class:`~grood_fast.detectors.detector.Detector` in nothing but its
+A named detector differs from :class:`~grood_fast.detectors.base.Detector` in nothing but its
 constructor.
 """
 
@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from grood_fast.detectors.detector import Detector
+from grood_fast.detectors.base import Detector
 from grood_fast.errors import InputError
 from grood_fast.representations import HeadGradient
 from grood_fast.scores import (
