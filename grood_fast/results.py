@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,8 +40,9 @@ class Scores(Tensor):
         return Scores.of, (plain, self.predictions, self.labels, self.detector)
 
     def __deepcopy__(self, memo: Any) -> Scores:
-        plain = self.as_subclass(Tensor).clone()
-        return Scores.of(plain, self.predictions, self.labels, self.detector)
+        plain = self.as_subclass(Tensor)
+        parts = copy.deepcopy((plain, self.predictions, self.labels), memo)
+        return Scores.of(*parts, self.detector)
 
 
 class ScoreTable(dict[str, Scores]):

@@ -174,7 +174,7 @@ def load(
 
 
 def _named(detector: Spec | Sequence[Spec]) -> tuple[dict[str, Detector], bool]:
-    if isinstance(detector, (str, Score, Detector)):
+    if isinstance(detector, str) or not isinstance(detector, Sequence):
         return by_unique_name([detector]), False
     if not detector:
         raise InputError("no detector was named: pass at least one.")

@@ -413,9 +413,6 @@ class Fitting:
     def finish(self) -> None:
         """Turn what was absorbed into what scoring needs."""
         self.score.finish()
-
-    def install(self, classifier: Classifier) -> None:
-        """Hand what was learned to the detector, whose calibration is void from here on."""
         if self._pseudo_labels:
             warnings.warn(
                 f"the reference has no labels: {self.detector.name} takes the classes the model "
@@ -423,6 +420,9 @@ class Fitting:
                 FitWarning,
                 stacklevel=4,
             )
+
+    def install(self, classifier: Classifier) -> None:
+        """Hand what was learned to the detector, whose calibration is void from here on."""
         self.detector.score_function = self.score
         self.detector.calibration = None
         self.detector._sketch = self._sketch

@@ -75,10 +75,9 @@ class Calibration:
 
         A NaN score counts as larger than all.
         """
-        plain = scores.detach().to("cpu", torch.float32).nan_to_num(nan=math.inf)
+        plain = scores.detach().to("cpu", torch.float32)
         below = torch.searchsorted(self.scores, plain.contiguous(), side="left")
-        at_least = len(self.scores) - below
-        at_least = torch.where(scores.detach().cpu().isnan(), 0, at_least)
+        at_least = torch.where(plain.isnan(), 0, len(self.scores) - below)
         return (1 + at_least).double() / (len(self.scores) + 1)
 
 
@@ -99,16 +98,18 @@ class SampleSketch:
     Fingerprints are hashes, so the smallest are a uniform sample of the distinct ones; what is
     kept depends on the set of samples alone, not on their order or shards.
 
+    Args:
+        fingerprints, complete: of a sketch made before; default: an empty one.
+
     Attributes:
         fingerprints: at most ``SKETCH_SIZE`` distinct int64, ascending, on the CPU.
         complete: whether none had to be dropped.
     """
 
     def __init__(self, fingerprints: Tensor | None = None, complete: bool = True) -> None:
-        self.fingerprints = torch.empty(0, dtype=torch.int64)
+        empty = torch.empty(0, dtype=torch.int64)
+        self.fingerprints = empty if fingerprints is None else fingerprints
         self.complete = complete
-        if fingerprints is not None:
-            self.absorb(fingerprints)
 
     def absorb(self, fingerprints: Tensor) -> None:
         """Take in (B,) int64 fingerprints."""

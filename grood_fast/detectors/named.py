@@ -112,7 +112,10 @@ def detector(spec: str | Score | Detector, **options: Any) -> Detector:
 
 
 def by_unique_name(specs: Iterable[str | Score | Detector]) -> dict[str, Detector]:
-    """Detectors by name, in order; a name that comes again gets a number: knn, knn-2, knn-3."""
+    """Detectors by name, in order; a name that comes again gets a number: knn, knn-2, knn-3.
+
+    A detector made here is called so itself; one that was handed in keeps its own name.
+    """
     named: dict[str, Detector] = {}
     for spec in specs:
         made = detector(spec)
@@ -120,5 +123,7 @@ def by_unique_name(specs: Iterable[str | Score | Detector]) -> dict[str, Detecto
         while name in named:
             number += 1
             name = f"{made.name}-{number}"
+        if made is not spec:
+            made.name = name
         named[name] = made
     return named

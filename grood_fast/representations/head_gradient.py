@@ -33,14 +33,17 @@ class HeadGradient(Representation):
     """Gradient of an objective with respect to the linear head, one sample at a time.
 
     Args:
-        objective: an :class:`~grood_fast.objectives.Objective`, its name or its ``config()``.
+        objective: an :class:`~grood_fast.objectives.Objective`, its name or its ``config()``;
+            default: GradNorm's.
         bias: whether the bias' gradient counts too (the published detectors take the weight alone).
     """
 
     name = "head_gradient"
     needs = frozenset({"features"})
 
-    def __init__(self, objective: Objective | str | dict[str, Any], bias: bool = False) -> None:
+    def __init__(
+        self, objective: Objective | str | dict[str, Any] = "uniform", bias: bool = False
+    ) -> None:
         super().__init__()
         self.objective = Objective.of(objective)
         self.bias = bias

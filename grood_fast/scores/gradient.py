@@ -42,15 +42,19 @@ class GradientNorm(Score):
 class ExpectedGradientNorm(Score):
     """Expected L1 norm of the cross-entropy gradient under the model's own labels (ExGrad).
 
-    E_{y∼p} ‖(p − e_y) hᵀ‖₁ = 2 ‖h‖₁ (1 − Σ_c p_c²), after Igoe et al. (2022). Large = uncertain =
-    OOD: that the norm is not normalised and not negated is our reading.
+    E_{y∼p} ‖(p − e_y) hᵀ‖₁ / T = 2 ‖h‖₁ (1 − Σ_c p_c²) / T, after Igoe et al. (2022). Large =
+    uncertain = OOD: that the norm is not normalised and not negated is our reading. Of the
+    objective whose factors it is given only the temperature counts.
     """
 
     name = "expected_gradient_norm"
     representation = "head_gradient"
 
     def __call__(self, z: HeadGradientFactors) -> Tensor:
-        summary = z.statistics()
+        temperature = z.objective.temperature
+        summary = z.statistics(temperature)
         # With s = 1 − p_ŷ: ‖p − e_ŷ‖₁ = 2s and ‖p − e_ŷ‖₂² = s² + Σ_{c≠ŷ} p_c², hence
         # 1 − Σ p² = 2s − ‖p − e_ŷ‖₂², which loses no digits where the model is sure.
-        return 2 * ops.reference.row_norm(z.features, "l1") * (summary.l1 - summary.l2.square())
+        uncertainty = summary.l1 - temperature * summary.l2.square()
+        features = z.features.to(uncertainty.dtype)  # half precision cannot hold the sum
+        return 2 * (ops.reference.row_norm(features, "l1") + z.bias) * uncertainty

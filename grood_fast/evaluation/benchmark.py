@@ -1,0 +1,192 @@
+"""Compare detectors on one classifier: one pass a data set, all detectors together."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from tqdm.auto import tqdm
+
+from grood_fast.batches import Batch, order_warning, parse_batch
+from grood_fast.classifier import Classifier, Precision
+from grood_fast.detectors import Detector, by_unique_name, fit_together, score_together
+from grood_fast.environment import environment
+from grood_fast.errors import InputError
+from grood_fast.evaluation.metrics import accuracy, evaluate_scores
+from grood_fast.evaluation.report import Costs, Report, Result
+from grood_fast.results import Scores, ScoreTable
+from grood_fast.scores import Score
+from grood_fast.signals import Signals
+
+MEASURED_SECONDS = 2.0
+"""About how long costs are measured for."""
+
+Loaders = Mapping[str, Iterable[Any]]
+
+
+def evaluate(
+    model: nn.Module,
+    detectors: Sequence[str | Score | Detector],
+    *,
+    id: Iterable[Any],
+    ood: Loaders | Mapping[str, Loaders],
+    reference: Iterable[Any] | None = None,
+    head: str | None = None,
+    precision: Precision | None = None,
+    confidence: float = 0.95,
+    resamples: int = 200,
+    progress: bool = True,
+) -> Report:
+    """Fit what needs fitting, score every set in one pass each, and measure.
+
+    A sample whose score is NaN counts as the most OOD of all, as it does for ``predict``.
+
+    Args:
+        model: a trained classifier, which comes back as it was.
+        detectors: names, scores or detectors; see :func:`grood_fast.score`.
+        id: loader of in-distribution test samples; with labels, the accuracy is reported too.
+        ood: name → loader, or group → name → loader (for example ``{"near": {...}, "far":
+            {...}}``), of which means are reported too.
+        reference: in-distribution samples for the detectors that are not fitted yet.
+        head, precision: see :func:`grood_fast.score`.
+        confidence, resamples: of the bootstrap intervals; see
+            :func:`grood_fast.evaluation.metrics.evaluate_scores`.
+        progress: show progress bars.
+
+    Raises:
+        InputError, NotFittedError, HeadNotFoundError: as :func:`grood_fast.score`.
+    """
+    classifier = Classifier(model, head, precision)
+    named = by_unique_name(detectors)
+    sets = dict(_flat(ood))
+    if not named or not sets:
+        raise InputError("evaluate() needs at least one detector and one OOD set.")
+    names = [dataset for _, dataset in sets]
+    if len(set(names)) < len(names):
+        raise InputError(f"OOD sets need different names, also across groups; got {names}.")
+    for loader in (id, *sets.values()):
+        order_warning(loader)
+    for detector in named.values():
+        detector.require_model(classifier)
+    unfitted = [detector for detector in named.values() if not detector.is_fitted]
+    if unfitted and reference is not None:
+        fit_together(classifier, unfitted, reference, progress=progress)
+
+    first = _KeepsFirst(id)
+    id_scores = score_together(classifier, named, first, progress=progress)
+    costs = measure_costs(classifier, named, parse_batch(first.item))
+    bar = tqdm(sets.items(), desc="evaluating", unit="set", disable=not progress, leave=False)
+    ood_scores: dict[str, ScoreTable] = {}
+    results = []
+    for (group, dataset), loader in bar:
+        bar.set_postfix_str(dataset)
+        table = score_together(classifier, named, loader, progress=False)
+        ood_scores[dataset] = table
+        for name in named:
+            metrics = evaluate_scores(
+                orderable_scores(id_scores[name]),
+                orderable_scores(table[name]),
+                confidence=confidence,
+                resamples=resamples,
+            )
+            results.append(Result(name, group, dataset, len(table[name]), metrics))
+    return Report(
+        results=results,
+        costs=costs,
+        accuracy=_accuracy(id_scores),
+        id_samples=len(id_scores.predictions),
+        environment=environment(),
+        id_scores=id_scores,
+        ood_scores=ood_scores,
+    )
+
+
+def measure_costs(classifier: Classifier, detectors: Mapping[str, Detector], batch: Batch) -> Costs:
+    """How long each detector takes on one batch beside the bare model, on its own.
+
+    What detectors share in a common pass (the softmax statistics) is counted for each of them. The
+    model and the detectors take turns, so that a change of the machine's speed meets all alike.
+
+    Args:
+        classifier: the user's model.
+        detectors: fitted.
+        batch: samples to measure with.
+    """
+    needs = frozenset[str]().union(*(detector.needs for detector in detectors.values()))
+    moved = batch.to(classifier.device)
+    forward: list[float] = []
+    rest: dict[str, list[float]] = {name: [] for name in detectors}
+    with classifier.session(features="features" in needs):
+        logits, features = classifier.forward(moved)  # also a warm-up
+        signals = Signals(logits, features, None, torch.arange(batch.size), moved)
+        for detector in detectors.values():
+            detector(replace(signals))
+        end = time.perf_counter() + MEASURED_SECONDS
+        while len(forward) < 3 or (time.perf_counter() < end and len(forward) < 200):
+            forward.append(_seconds(lambda: classifier.forward(moved), classifier.device))
+            for name, detector in detectors.items():
+                # A copy has computed nothing yet.
+                alone = replace(signals)
+                call = lambda alone=alone, detector=detector: detector(alone)  # noqa: E731
+                rest[name].append(_seconds(call, classifier.device))
+    return Costs(
+        batch_size=batch.size,
+        forward_seconds=statistics.median(forward),
+        detector_seconds={name: statistics.median(times) for name, times in rest.items()},
+    )
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+class _KeepsFirst:
+    """A loader that remembers the first batch it yielded."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        self.item: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, item in enumerate(self.loader):
+            if number == 0:
+                self.item = item
+            yield item
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+
+def _flat(ood: Loaders | Mapping[str, Loaders]) -> Iterator[tuple[tuple[str, str], Iterable[Any]]]:
+    for name, value in ood.items():
+        if isinstance(value, Mapping):
+            for dataset, loader in value.items():
+                yield (name, dataset), loader
+        else:
+            yield ("", name), value
+
+
+def orderable_scores(scores: Scores) -> NDArray[np.float32]:
+    """Scores as an array, NaN as the largest: ``predict`` calls it OOD."""
+    values: NDArray[np.float32] = scores.numpy().copy()
+    values[np.isnan(values)] = np.inf
+    return values
+
+
+def _accuracy(table: ScoreTable) -> float | None:
+    if table.labels is None or not bool((table.labels >= 0).any()):
+        return None
+    return accuracy(table.predictions.numpy(), table.labels.numpy())
