@@ -11,7 +11,7 @@ namespace grood_fast {
 
 enum class DType : int { float32, float64, bfloat16, float16 };
 
-// The scalars whose gradient with respect to the logits is taken; see docs/objectives.md.
+// The scalars whose gradient with respect to the logits is taken; see grood_fast/objectives.py.
 enum class Objective : int { energy, uniform, predicted, confounding, max_logit, logit_sum };
 inline constexpr int kObjectives = 6;
 
