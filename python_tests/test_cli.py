@@ -1,0 +1,164 @@
+"""The command line: through its runner, and once as the process a user starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+from grood_fast import cli
+
+runner = CliRunner()
+
+MODEL = """
+import torch
+from torch import nn
+
+def classifier():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 16), nn.ReLU(), nn.Linear(16, 2)).eval()
+
+def nothing():
+    return "text"
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A module with a model, and folders of images."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_model", raising=False)
+    (tmp_path / "own_model.py").write_text(MODEL)
+    random = np.random.RandomState(0)
+    for folder, count, top in (
+        ("id/cat", 6, 100),
+        ("id/dog", 6, 100),
+        ("train/cat", 40, 100),
+        ("train/dog", 40, 100),
+        ("noise", 8, 256),
+        ("flat", 5, 50),
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(count):
+            pixels = random.randint(0, top, (9, 12, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{number}.png")
+    return tmp_path
+
+
+PREPARED = ["--resize", "8", "--crop", "8", "--mean", "0.5", "--std", "0.25,0.25,0.25"]
+
+
+def run(*arguments):
+    return runner.invoke(cli.app, [*arguments])
+
+
+def test_env_says_what_was_compiled():
+    result = run("env", "--json")
+    facts = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert facts["cuda_architectures"] == []
+    assert facts["packages"]["torch"] == torch.__version__
+    assert "baseline" in facts["simd_levels_compiled"]
+    table = run("env")
+    assert table.exit_code == 0
+    assert facts["simd_level"] in table.stdout
+
+
+def test_evaluate_own_model_and_folders(workplace):
+    result = run(
+        "evaluate", "own_model:classifier", "--id", "id", "--ood", "noise", "--ood", "dark=flat",
+        *PREPARED, "--json", "--save", "report.json", "--plot", "picture.png",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    names = ["msp", "maxlogit", "energy", "gen", "gradnorm", "exgrad"]
+    assert [(r["detector"], r["dataset"]) for r in report["results"]] == [
+        (name, dataset) for dataset in ("noise", "dark") for name in names
+    ]
+    assert report["id_samples"] == 12
+    assert 0 <= report["accuracy"] <= 1
+    assert json.loads((workplace / "report.json").read_text()) == report
+    assert (workplace / "picture.png").stat().st_size > 5000
+
+
+def test_evaluate_fits_on_a_reference_with_and_without_classes(workplace):
+    options = ["--id", "id", "--ood", "noise", *PREPARED, "--detector", "mahalanobis", "--json"]
+    labelled = run("evaluate", "own_model:classifier", *options, "--reference", "train")
+    assert labelled.exit_code == 0, labelled.output
+    with pytest.warns(UserWarning, match="no labels"):
+        unlabelled = run("evaluate", "own_model:classifier", *options, "--reference", "train/cat")
+    assert unlabelled.exit_code == 0, unlabelled.output
+    everything = run(
+        "evaluate", "own_model:classifier", "--id", "id", "--ood", "noise", *PREPARED,
+        "--reference", "train",
+    )  # fmt: skip
+    assert everything.exit_code == 0, everything.output
+    assert all(name in everything.stdout for name in ("knn", "rmd", "gmm", "vim", "exgrad"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["own_model", "--id", "id", "--ood", "noise"], "module:function"),
+        (["own_model:absent", "--id", "id", "--ood", "noise"], "cannot import own_model:absent"),
+        (["no_such_module:f", "--id", "id", "--ood", "noise"], "cannot import no_such_module"),
+        (["own_model:nothing", "--id", "id", "--ood", "noise"], "expected a torch.nn.Module"),
+        (["own_model:classifier", "--id", "absent", "--ood", "noise"], "absent is not a folder"),
+        (["own_model:classifier", "--id", "id", "--ood", "noise", "--mean", "x"], "--mean takes"),
+        (["own_model:classifier", "--id", "id", "--ood", "noise", "--detector", "magic"], "magic"),
+    ],
+)
+def test_errors_are_one_sentence_and_status_1(workplace, monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(cli.messages, "_width", 200)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["evaluate", *arguments])
+    assert stopped.value.code == 1
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_wrong_usage_is_status_2(capsys):
+    for arguments in (["evaluate"], ["no-such-command"], ["env", "--no-such-option"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        assert stopped.value.code == 2
+
+
+def test_the_command_itself():
+    result = subprocess.run(
+        [sys.executable, "-m", "grood_fast", "env", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["grood_fast"]
+
+
+@pytest.mark.data
+def test_demo_from_the_cache(tmp_path, monkeypatch):
+    from grood_fast.evaluation import networks
+
+    tiny = networks.TrainedNetwork(
+        nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 8)).eval(),
+        networks.Recipe((0, 1)), 0.1, 0.1, 0.0,
+    )  # fmt: skip
+    monkeypatch.setattr(networks, "trained_network", lambda recipe: tiny)
+    monkeypatch.setattr("grood_fast.evaluation.datasets.NOISE_SIZE", 100)
+    monkeypatch.chdir(tmp_path)
+    result = run("demo", "--held-out", "0,1", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert {r["group"] for r in report["results"]} == {"near", "far"}
+    assert len({r["detector"] for r in report["results"]}) == 11
+    assert (tmp_path / "out/demo/scores.png").exists()
+    assert json.loads((tmp_path / "out/demo/report.json").read_text()) == report
