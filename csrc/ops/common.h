@@ -41,7 +41,9 @@ inline ScalarType real_of(DType dtype) {
 }
 
 inline void check_matrix(const Tensor& tensor, const char* what, const char* shape) {
-  STD_TORCH_CHECK(tensor.dim() == 2, what, " must have the shape ", shape, ", got ", tensor.dim(), " dimensions");
+  STD_TORCH_CHECK(
+      tensor.dim() == 2, what, " must have the shape ", shape, ", got ", tensor.dim(),
+      " dimensions");
 }
 
 inline Objective objective_of(int64_t objective) {
@@ -75,7 +77,8 @@ class Scratch {
 
 // Checks of the arguments both logit ops have; fills what describes the input.
 inline LogitGradientArguments logit_arguments(
-    const Tensor& logits, int64_t objective, double temperature, const std::optional<Tensor>& target) {
+    const Tensor& logits, int64_t objective, double temperature,
+    const std::optional<Tensor>& target) {
   LogitGradientArguments arguments{};
   arguments.dtype = dtype_of(logits, "logits");
   arguments.objective = objective_of(objective);
@@ -86,7 +89,9 @@ inline LogitGradientArguments logit_arguments(
   arguments.row_stride = logits.stride(0);
   STD_TORCH_CHECK(arguments.classes >= 1, "logits must have at least one class");
   if (target.has_value()) {
-    STD_TORCH_CHECK(arguments.objective == Objective::confounding, "only the confounding objective takes a target");
+    STD_TORCH_CHECK(
+        arguments.objective == Objective::confounding,
+        "only the confounding objective takes a target");
     STD_TORCH_CHECK(
         target->dim() == 1 && target->size(0) == arguments.classes && target->is_contiguous() &&
             target->scalar_type() == real_of(arguments.dtype),

@@ -8,16 +8,15 @@ namespace {
 Tensor head_gradient_norm(
     const Tensor& logits_in,    // [B, C]
     const Tensor& features_in,  // [B, D]
-    int64_t objective,
-    double temperature,
+    int64_t objective, double temperature,
     const std::optional<Tensor>& target,  // [C]
-    int64_t norm,
-    bool bias) {
+    int64_t norm, bool bias) {
   check_matrix(logits_in, "logits", "(B, C)");
   check_matrix(features_in, "features", "(B, D)");
   STD_TORCH_CHECK(
-      logits_in.size(0) == features_in.size(0), "logits and features must have the same number of rows, got ",
-      logits_in.size(0), " and ", features_in.size(0));
+      logits_in.size(0) == features_in.size(0),
+      "logits and features must have the same number of rows, got ", logits_in.size(0), " and ",
+      features_in.size(0));
   const Tensor logits = unit_column_stride(logits_in);
   const Tensor features = unit_column_stride(features_in);
   LogitGradientArguments arguments = logit_arguments(logits, objective, temperature, target);
@@ -32,7 +31,13 @@ Tensor head_gradient_norm(
       logits, {logits.size(0)}, std::optional<ScalarType>(real_of(factor)));  // [B]
   arguments.norm[static_cast<int>(norm_of(norm))] = result.mutable_data_ptr();
   const RowNormArguments row_norm{
-      features.const_data_ptr(), features_dtype, features.size(1), features.stride(0), norm_of(norm), bias, factor,
+      features.const_data_ptr(),
+      features_dtype,
+      features.size(1),
+      features.stride(0),
+      norm_of(norm),
+      bias,
+      factor,
       result.mutable_data_ptr()};
 
   const int64_t grain = rows_per_task(arguments.classes, row_norm.columns);
@@ -50,8 +55,8 @@ Tensor head_gradient_norm(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(grood_fast, m) {
   m.def(
-      "head_gradient_norm(Tensor logits, Tensor features, int objective, float temperature, Tensor? target,"
-      " int norm, bool bias) -> Tensor");
+      "head_gradient_norm(Tensor logits, Tensor features, int objective, float temperature,"
+      " Tensor? target, int norm, bool bias) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(grood_fast, CPU, m) {

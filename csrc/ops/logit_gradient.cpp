@@ -1,17 +1,23 @@
-// grood_fast::logit_gradient: energy, maximum, norms and delta = d objective / d logits, in one read.
+// grood_fast::logit_gradient: energy, maximum, norms and delta = d objective / d logits in one read
 #include "common.h"
 
 namespace grood_fast::ops {
 namespace {
 
 // Bits of `outputs`, in the order of the rows of `statistics`; see grood_fast/ops/__init__.py.
-enum Output : int64_t { kEnergy = 1, kLogSumExp = 2, kMaximum = 4, kFirstNorm = 8, kArgmax = 64, kDelta = 128 };
+enum Output : int64_t {
+  kEnergy = 1,
+  kLogSumExp = 2,
+  kMaximum = 4,
+  kFirstNorm = 8,
+  kArgmax = 64,
+  kDelta = 128
+};
 constexpr int64_t kStatistics = 6;
 
 std::tuple<Tensor, Tensor, Tensor> logit_gradient(
     const Tensor& logits_in,  // [B, C]
-    int64_t objective,
-    double temperature,
+    int64_t objective, double temperature,
     const std::optional<Tensor>& target,  // [C]
     int64_t outputs) {
   check_matrix(logits_in, "logits", "(B, C)");
@@ -25,8 +31,9 @@ std::tuple<Tensor, Tensor, Tensor> logit_gradient(
   const Tensor statistics = torch::stable::new_empty(logits, {requested, batch}, real);  // [k, B]
   const Tensor argmax = torch::stable::new_empty(
       logits, {outputs & kArgmax ? batch : 0}, std::optional<ScalarType>(ScalarType::Long));  // [B]
-  const Tensor delta = outputs & kDelta ? torch::stable::new_empty(logits, {batch, arguments.classes}, real)
-                                        : torch::stable::new_empty(logits, {0, 0}, real);  // [B, C]
+  const Tensor delta = outputs & kDelta
+                           ? torch::stable::new_empty(logits, {batch, arguments.classes}, real)
+                           : torch::stable::new_empty(logits, {0, 0}, real);  // [B, C]
 
   char* next = static_cast<char*>(statistics.mutable_data_ptr());
   const auto row_if = [&](int64_t bit) -> void* {
@@ -42,12 +49,13 @@ std::tuple<Tensor, Tensor, Tensor> logit_gradient(
   if (outputs & kArgmax) arguments.argmax = static_cast<int64_t*>(argmax.mutable_data_ptr());
   if (outputs & kDelta) arguments.delta = delta.mutable_data_ptr();
 
-  torch::stable::parallel_for(0, batch, rows_per_task(arguments.classes, 0), [&](int64_t begin, int64_t end) {
-    const Scratch scratch(logit_gradient_scratch_bytes(arguments.classes));
-    LogitGradientArguments mine = arguments;
-    mine.scratch = scratch.get();
-    grood_fast::logit_gradient(mine, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, batch, rows_per_task(arguments.classes, 0), [&](int64_t begin, int64_t end) {
+        const Scratch scratch(logit_gradient_scratch_bytes(arguments.classes));
+        LogitGradientArguments mine = arguments;
+        mine.scratch = scratch.get();
+        grood_fast::logit_gradient(mine, begin, end);
+      });
   return {statistics, argmax, delta};
 }
 

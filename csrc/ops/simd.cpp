@@ -4,13 +4,9 @@
 namespace grood_fast::ops {
 namespace {
 
-std::string current_simd_level() {
-  return simd_level();
-}
+std::string current_simd_level() { return simd_level(); }
 
-bool change_simd_level(const std::string& level) {
-  return set_simd_level(level.c_str());
-}
+bool change_simd_level(const std::string& level) { return set_simd_level(level.c_str()); }
 
 }  // namespace
 

@@ -38,7 +38,8 @@ struct Matrix {
   DType dtype;
 
   Matrix(const py::array& input, const char* what) {
-    const bool wide = py::isinstance<py::array_t<double>>(input);
+    const bool wide =
+        input.dtype().kind() == 'f' && input.itemsize() == sizeof(double);  // of any byte order
     dtype = wide ? DType::float64 : DType::float32;
     array = wide ? py::array(py::array_t<double, py::array::c_style | py::array::forcecast>(input))
                  : py::array(py::array_t<float, py::array::c_style | py::array::forcecast>(input));
@@ -47,7 +48,8 @@ struct Matrix {
   std::int64_t rows() const { return array.shape(0); }
   std::int64_t columns() const { return array.shape(1); }
   py::array real(std::vector<py::ssize_t> shape) const {
-    return dtype == DType::float64 ? py::array(py::array_t<double>(shape)) : py::array(py::array_t<float>(shape));
+    return dtype == DType::float64 ? py::array(py::array_t<double>(shape))
+                                   : py::array(py::array_t<float>(shape));
   }
 };
 
@@ -59,7 +61,8 @@ struct Scratch {
 };
 
 LogitGradientArguments arguments_of(
-    const Matrix& logits, const std::string& objective, double temperature, const std::optional<Matrix>& target) {
+    const Matrix& logits, const std::string& objective, double temperature,
+    const std::optional<Matrix>& target) {
   LogitGradientArguments arguments{};
   arguments.logits = logits.array.data();
   arguments.dtype = logits.dtype;
@@ -73,7 +76,8 @@ LogitGradientArguments arguments_of(
     if (arguments.objective != Objective::confounding) {
       throw py::value_error("only the confounding objective takes a target");
     }
-    if (target->rows() != 1 || target->columns() != arguments.classes || target->dtype != logits.dtype) {
+    if (target->rows() != 1 || target->columns() != arguments.classes ||
+        target->dtype != logits.dtype) {
       throw py::value_error("target must have the shape (1, C) and the dtype of the logits");
     }
     arguments.target = target->array.data();
@@ -92,7 +96,8 @@ py::dict logit_gradient_numpy(
   const std::optional<Matrix> target = matrix_or_none(target_in, "target");
   LogitGradientArguments arguments = arguments_of(logits, objective, temperature, target);
   py::array energy = logits.real({logits.rows()}), log_sum_exp = logits.real({logits.rows()});
-  py::array maximum = logits.real({logits.rows()}), delta = logits.real({logits.rows(), logits.columns()});
+  py::array maximum = logits.real({logits.rows()}),
+            delta = logits.real({logits.rows(), logits.columns()});
   py::array_t<std::int64_t> argmax({logits.rows()});
   py::array norms[kNorms];
   arguments.energy = energy.mutable_data();
@@ -121,19 +126,21 @@ py::dict logit_gradient_numpy(
 }
 
 py::array head_gradient_norm_numpy(
-    const py::array& logits_in, const py::array& features_in, const std::string& objective, double temperature,
-    const std::optional<py::array>& target_in, const std::string& norm_name, bool bias) {
+    const py::array& logits_in, const py::array& features_in, const std::string& objective,
+    double temperature, const std::optional<py::array>& target_in, const std::string& norm_name,
+    bool bias) {
   const Matrix logits(logits_in, "logits");
   const Matrix features(features_in, "features");
   const std::optional<Matrix> target = matrix_or_none(target_in, "target");
-  if (logits.rows() != features.rows()) throw py::value_error("logits and features must have the same number of rows");
+  if (logits.rows() != features.rows())
+    throw py::value_error("logits and features must have the same number of rows");
   LogitGradientArguments arguments = arguments_of(logits, objective, temperature, target);
   const int norm = index_of(norm_name, kNormNames, "norm");
   py::array result = logits.real({logits.rows()});
   arguments.norm[norm] = result.mutable_data();
   const RowNormArguments row_norm{
-      features.array.data(), features.dtype, features.columns(),    features.columns(),
-      static_cast<Norm>(norm), bias,         logits.dtype, result.mutable_data()};
+      features.array.data(),   features.dtype, features.columns(), features.columns(),
+      static_cast<Norm>(norm), bias,           logits.dtype,       result.mutable_data()};
   const Scratch scratch(arguments.classes);
   arguments.scratch = scratch.memory;
   {
@@ -171,18 +178,24 @@ py::dict build_facts() {
 
 PYBIND11_MODULE(_kernels, m) {
   using namespace grood_fast;
-  m.doc() = "Build facts, instruction-set control and the CPU kernels on NumPy arrays; needs no torch.";
+  m.doc() =
+      "Build facts, instruction-set control and the CPU kernels on NumPy arrays; needs no torch.";
   m.def("build_facts", &build_facts, "What this build was made from and what it holds.");
-  m.def("simd_level", [] { return std::string(simd_level()); }, "The instruction set the kernels run with.");
   m.def(
-      "set_simd_level", [](const std::string& level) { return set_simd_level(level.c_str()); }, py::arg("level"),
-      "Change it; False, and nothing changed, where it was not compiled or the processor lacks it.");
+      "simd_level", [] { return std::string(simd_level()); },
+      "The instruction set the kernels run with.");
   m.def(
-      "logit_gradient", &logit_gradient_numpy, py::arg("logits"), py::arg("objective"), py::kw_only(),
-      py::arg("temperature") = 1.0, py::arg("target") = py::none(),
-      "Energy, maximum, norms and delta of (B, C) logits, as a dict of arrays; float64 in float64, else float32.");
+      "set_simd_level", [](const std::string& level) { return set_simd_level(level.c_str()); },
+      py::arg("level"),
+      "Change it; False, and nothing changed, where the build or the processor lacks it.");
   m.def(
-      "head_gradient_norm", &head_gradient_norm_numpy, py::arg("logits"), py::arg("features"), py::arg("objective"),
-      py::kw_only(), py::arg("temperature") = 1.0, py::arg("target") = py::none(), py::arg("norm") = "l1",
-      py::arg("bias") = false, "Norm of the last layer's gradient of each row, shape (B,).");
+      "logit_gradient", &logit_gradient_numpy, py::arg("logits"), py::arg("objective"),
+      py::kw_only(), py::arg("temperature") = 1.0, py::arg("target") = py::none(),
+      "Energy, maximum, norms and delta of (B, C) logits, as a dict of arrays; float64 in float64, "
+      "else float32.");
+  m.def(
+      "head_gradient_norm", &head_gradient_norm_numpy, py::arg("logits"), py::arg("features"),
+      py::arg("objective"), py::kw_only(), py::arg("temperature") = 1.0,
+      py::arg("target") = py::none(), py::arg("norm") = "l1", py::arg("bias") = false,
+      "Norm of the last layer's gradient of each row, shape (B,).");
 }

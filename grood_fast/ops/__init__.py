@@ -78,7 +78,8 @@ def logit_gradient(
         logits: (B, C) float32, float64, bfloat16 or float16; rows may be any distance apart.
         objective: one of :data:`OBJECTIVES`; see :mod:`grood_fast.objectives`.
         temperature: T > 0, of the softmax.
-        target: (C,) confounding label in [0, 1]; only for ``"confounding"``; default all ones.
+        target: (C,) confounding label in [0, 1], of the results' dtype; only for
+            ``"confounding"``; default all ones. No gradient flows to it.
         outputs: which fields to compute.
 
     Returns:
@@ -200,9 +201,26 @@ def _(
 # --- any device without a compiled kernel of its own: the plain-PyTorch twin ----------------------
 
 
+def _check(logits: Tensor, objective: int, temperature: float, target: Tensor | None) -> None:
+    """What the compiled ops check as well."""
+    if logits.ndim != 2 or logits.shape[1] < 1 or not logits.is_floating_point():
+        raise RuntimeError(
+            f"logits must be floating point of shape (B, C), got {logits.dtype} of shape "
+            f"{tuple(logits.shape)}"
+        )
+    if not temperature > 0:
+        raise RuntimeError(f"temperature must be positive, got {temperature}")
+    if target is not None:
+        if OBJECTIVES[objective] != "confounding":
+            raise RuntimeError("only the confounding objective takes a target")
+        if target.shape != logits.shape[1:] or target.dtype != _real(logits):
+            raise RuntimeError("target must be of shape (C,) and of the dtype of the results")
+
+
 def _logit_gradient_elsewhere(
     logits: Tensor, objective: int, temperature: float, target: Tensor | None, outputs: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(logits, objective, temperature, target)
     wide = logits.to(_real(logits))
     delta = reference.logit_gradient(wide, OBJECTIVES[objective], temperature, target)
     log_sum_exp = torch.logsumexp(wide / temperature, dim=1)
@@ -230,7 +248,13 @@ def _head_gradient_norm_elsewhere(
     norm: int,
     bias: bool,
 ) -> Tensor:
+    _check(logits, objective, temperature, target)
     real = _real(logits)
+    if features.ndim != 2 or len(features) != len(logits) or _real(features) != real:
+        raise RuntimeError(
+            f"features must be of shape ({len(logits)}, D), and float64 exactly if the logits are; "
+            f"got {features.dtype} of shape {tuple(features.shape)}"
+        )
     return reference.head_gradient_norm(
         logits.to(real),
         features.to(real),

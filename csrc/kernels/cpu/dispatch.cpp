@@ -18,7 +18,11 @@ struct Choice {
   std::atomic<int> active;
   char complaint[160] = "";
 
-  Choice() : levels{{"baseline", &baseline::table, true}, {"avx2", nullptr, false}, {"avx512", nullptr, false}} {
+  Choice()
+      : levels{
+            {"baseline", &baseline::table, true},
+            {"avx2", nullptr, false},
+            {"avx512", nullptr, false}} {
 #if defined(GROOD_FAST_X86_LEVELS)
     __builtin_cpu_init();
     levels[1].table = &avx2::table;
@@ -69,7 +73,8 @@ std::size_t logit_gradient_scratch_bytes(std::int64_t classes) {
   // Twice (logits and target), either a padded row or a tile of one vector a class.
   const std::int64_t tile = kRowsAcrossLanesUpTo * kWidestVector;
   const std::int64_t row = classes * static_cast<std::int64_t>(sizeof(double)) + kWidestVector;
-  const std::int64_t once = ((tile > row ? tile : row) + kWidestVector - 1) / kWidestVector * kWidestVector;
+  const std::int64_t once =
+      ((tile > row ? tile : row) + kWidestVector - 1) / kWidestVector * kWidestVector;
   return static_cast<std::size_t>(2 * once);
 }
 
@@ -87,13 +92,9 @@ std::int64_t rows_per_task(std::int64_t classes, std::int64_t columns) {
   return rows < 1 ? 1 : rows;
 }
 
-const char* simd_level() {
-  return choice().levels[choice().active].name;
-}
+const char* simd_level() { return choice().levels[choice().active].name; }
 
-bool set_simd_level(const char* name) {
-  return choice().select(name);
-}
+bool set_simd_level(const char* name) { return choice().select(name); }
 
 bool simd_level_compiled(const char* name) {
   const int level = choice().find(name);
@@ -105,8 +106,6 @@ bool simd_level_supported(const char* name) {
   return level >= 0 && choice().levels[level].supported;
 }
 
-const char* simd_level_complaint() {
-  return choice().complaint;
-}
+const char* simd_level_complaint() { return choice().complaint; }
 
 }  // namespace grood_fast

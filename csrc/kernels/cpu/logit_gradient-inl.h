@@ -1,8 +1,8 @@
 // delta = d objective / d logits of each row, its norms, and the row's energy, in one read.
 //
-// Rows are worked on in groups held in `u`, an array of vectors. With few classes a group is as many
-// rows as a vector has lanes, u[i] holding class i of each; with many it is one row, u[i] holding
-// kLanes of its classes. Whatever the objective, u ends up such that delta = scale * u + shift.
+// Rows are worked on in groups held in `u`, an array of vectors. With few classes a group is as
+// many rows as a vector has lanes, u[i] holding class i of each; with many it is one row, u[i]
+// holding kLanes of its classes. Whatever the objective, in the end delta = scale * u + shift.
 #pragma once
 
 #include "simd-inl.h"
@@ -17,24 +17,27 @@ void logit_gradient_row(const LogitGradientArguments& a, std::int64_t row) {
   const Real* target = static_cast<const Real*>(a.target);
   const std::int64_t classes = a.classes;
 
-  double maximum = widen(f[0]);
+  double maximum = widen(f[0]);  // the first NaN, if there is one
   std::int64_t argmax = 0;
-  for (std::int64_t c = 1; c < classes && maximum == maximum; ++c) {  // the first NaN is the maximum
+  for (std::int64_t c = 1; c < classes && maximum == maximum; ++c) {
     const double value = widen(f[c]);
     if (value > maximum || value != value) {
       maximum = value;
       argmax = c;
     }
   }
-  const auto exponential = [&](std::int64_t c) { return std::exp((widen(f[c]) - maximum) / a.temperature); };
+  const auto exponential = [&](std::int64_t c) {
+    return std::exp((widen(f[c]) - maximum) / a.temperature);
+  };
   double tail = 0;  // the sum without the maximum's own 1, so that 1 - p_max keeps its digits
   for (std::int64_t c = 0; c < classes; ++c) {
     if (c != argmax) tail += exponential(c);
   }
   const double top = exponential(argmax);  // 1, or NaN where the maximum is infinite
   const double total = top + tail;
-  const double log_sum_exp =
-      __builtin_isinf(maximum) ? maximum / a.temperature : maximum / a.temperature + std::log1p(total - 1);
+  const double log_sum_exp = __builtin_isinf(maximum)
+                                 ? maximum / a.temperature
+                                 : maximum / a.temperature + std::log1p(total - 1);
 
   const auto delta = [&](std::int64_t c) -> double {
     switch (a.objective) {
@@ -59,8 +62,10 @@ void logit_gradient_row(const LogitGradientArguments& a, std::int64_t row) {
     return 0.0;
   };
 
-  if (a.energy != nullptr) static_cast<Real*>(a.energy)[row] = static_cast<Real>(-a.temperature * log_sum_exp);
-  if (a.log_sum_exp != nullptr) static_cast<Real*>(a.log_sum_exp)[row] = static_cast<Real>(log_sum_exp);
+  if (a.energy != nullptr)
+    static_cast<Real*>(a.energy)[row] = static_cast<Real>(-a.temperature * log_sum_exp);
+  if (a.log_sum_exp != nullptr)
+    static_cast<Real*>(a.log_sum_exp)[row] = static_cast<Real>(log_sum_exp);
   if (a.maximum != nullptr) static_cast<Real*>(a.maximum)[row] = static_cast<Real>(maximum);
   if (a.argmax != nullptr) a.argmax[row] = argmax;
   double sum = 0, largest = 0;
@@ -68,7 +73,8 @@ void logit_gradient_row(const LogitGradientArguments& a, std::int64_t row) {
     const double value = std::fabs(delta(c));
     sum += value;
     if (value > largest || value != value) largest = value;
-    if (a.delta != nullptr) static_cast<Real*>(a.delta)[row * classes + c] = static_cast<Real>(delta(c));
+    if (a.delta != nullptr)
+      static_cast<Real*>(a.delta)[row * classes + c] = static_cast<Real>(delta(c));
   }
   if (sum != sum) largest = sum;
   double squares = 0;  // of delta / largest: no overflow, no underflow
@@ -144,14 +150,19 @@ struct LogitGradient {
     for (std::int64_t i = 0; i < whole; ++i) u[i] = load_wide(f + i * kLanes);
     if (whole < vectors) {
       V last = S::all(Constants<Real>::kLowest);
-      for (std::int64_t c = whole * kLanes; c < a.classes; ++c) last[c - whole * kLanes] = widen(f[c]);
+      for (std::int64_t c = whole * kLanes; c < a.classes; ++c)
+        last[c - whole * kLanes] = widen(f[c]);
       u[whole] = last;
     }
   }
 
   // Per-row results of a group: lanes are rows already, or lanes of one row have to be joined.
-  GROOD_FAST_INLINE V join_sum(V value) const { return kRowsAcrossLanes ? value : S::all(lanes_sum<Real>(value)); }
-  GROOD_FAST_INLINE V join_max(V value) const { return kRowsAcrossLanes ? value : S::all(lanes_max<Real>(value)); }
+  GROOD_FAST_INLINE V join_sum(V value) const {
+    return kRowsAcrossLanes ? value : S::all(lanes_sum<Real>(value));
+  }
+  GROOD_FAST_INLINE V join_max(V value) const {
+    return kRowsAcrossLanes ? value : S::all(lanes_max<Real>(value));
+  }
 
   template <int kPartials = 4, typename F>
   GROOD_FAST_INLINE V row_sum(F term) const {
@@ -160,12 +171,14 @@ struct LogitGradient {
 
   GROOD_FAST_INLINE void write(void* to, V value) const {
     if (to == nullptr) return;
-    for (std::int64_t lane = 0; lane < count; ++lane) static_cast<Real*>(to)[row + lane] = value[lane];
+    for (std::int64_t lane = 0; lane < count; ++lane)
+      static_cast<Real*>(to)[row + lane] = value[lane];
   }
 
   GROOD_FAST_INLINE void first_index_of(V maximum, std::int64_t* argmax) const {
     I lane_index;
-    for (std::int64_t lane = 0; lane < kLanes; ++lane) lane_index[lane] = kRowsAcrossLanes ? 0 : lane;
+    for (std::int64_t lane = 0; lane < kLanes; ++lane)
+      lane_index[lane] = kRowsAcrossLanes ? 0 : lane;
     constexpr std::int64_t kStep = kRowsAcrossLanes ? 1 : kLanes;
     I best = lane_index - lane_index + static_cast<typename S::Index>(a.classes);
     for (std::int64_t i = vectors - 1; i >= 0; --i) {  // backwards: the first one stays
@@ -201,9 +214,18 @@ struct LogitGradient {
       finite += u[first] * Real(0);
     }
     maximum = join_max(S::max(maximum, other_maximum));
-    if (lanes_sum<Real>(finite + other_finite) != Real(0)) {
-      for (std::int64_t r = row; r < row + count; ++r) logit_gradient_row<Input>(a, r);
-      return;
+    finite += other_finite;
+    // Rows left to logit_gradient_row. The others of the group are not: a row's results would
+    // depend on its neighbours, and with them on the number of threads.
+    bool hard[kLanes] = {};
+    if (lanes_sum<Real>(finite) != Real(0)) {
+      if (!kRowsAcrossLanes) return logit_gradient_row<Input>(a, row);
+      for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+        if (finite[lane] == Real(0)) continue;
+        hard[lane] = true;
+        maximum[lane] = 0;
+        for (std::int64_t c = 0; c < a.classes; ++c) at(lane, c) = 0;
+      }
     }
 
     const Real inverse_temperature = static_cast<Real>(1 / a.temperature);
@@ -215,7 +237,9 @@ struct LogitGradient {
 
     V total{};  // sum of exp((f - max) / T)
     const Real base_two = static_cast<Real>(kLog2E / a.temperature);
-    const auto exponential = [&](std::int64_t i) { return exp2_nonpositive<Real>(u[i] - maximum, base_two); };
+    const auto exponential = [&](std::int64_t i) {
+      return exp2_nonpositive<Real>(u[i] - maximum, base_two);
+    };
     if (softmax) {
       total = row_sum<1>([&](std::int64_t i) { return u[i] = exponential(i); });
     } else if (a.energy != nullptr || a.log_sum_exp != nullptr) {
@@ -237,7 +261,8 @@ struct LogitGradient {
         for (std::int64_t lane = 0; lane < count_of_lanes(); ++lane) at(lane, argmax[lane]) = 0;
         tail = row_sum([&](std::int64_t i) { return u[i]; });
         total = tail + Real(1);
-        for (std::int64_t lane = 0; lane < count_of_lanes(); ++lane) at(lane, argmax[lane]) = -tail[lane];
+        for (std::int64_t lane = 0; lane < count_of_lanes(); ++lane)
+          at(lane, argmax[lane]) = -tail[lane];
         scale = inverse_temperature / total;
         break;
       case Objective::confounding:
@@ -261,18 +286,18 @@ struct LogitGradient {
     if (a.norm[static_cast<int>(Norm::l2)] != nullptr) {
       squares = row_sum([&](std::int64_t i) { return delta(i) * delta(i); });
       for (std::int64_t lane = 0; lane < count; ++lane) {
-        if (!(squares[lane] > Constants<Real>::kSmallSquare)) {
-          for (std::int64_t r = row; r < row + count; ++r) logit_gradient_row<Input>(a, r);
-          return;
-        }
+        if (!(squares[lane] > Constants<Real>::kSmallSquare)) hard[lane] = true;
       }
     }
     if (a.norm[static_cast<int>(Norm::l1)] != nullptr) {
-      write(a.norm[static_cast<int>(Norm::l1)], row_sum([&](std::int64_t i) { return S::abs(delta(i)); }));
+      write(a.norm[static_cast<int>(Norm::l1)], row_sum([&](std::int64_t i) {
+              return S::abs(delta(i));
+            }));
     }
     if (a.norm[static_cast<int>(Norm::linf)] != nullptr) {
-      const V most = max_of<Real>(vectors - 1, S::abs(delta(vectors - 1)) * in_row,
-                                  [&](std::int64_t i) { return S::abs(delta(i)); });
+      const V most = max_of<Real>(
+          vectors - 1, S::abs(delta(vectors - 1)) * in_row,
+          [&](std::int64_t i) { return S::abs(delta(i)); });
       write(a.norm[static_cast<int>(Norm::linf)], join_max(most));
     }
     write(a.maximum, maximum);
@@ -291,6 +316,9 @@ struct LogitGradient {
       }
     }
     if (a.delta != nullptr) write_delta(delta);
+    for (std::int64_t lane = 0; lane < count; ++lane) {
+      if (hard[lane]) logit_gradient_row<Input>(a, row + lane);
+    }
   }
 
   static constexpr std::int64_t count_of_lanes() { return kRowsAcrossLanes ? kLanes : 1; }
@@ -307,7 +335,8 @@ struct LogitGradient {
     }
     const std::int64_t whole = a.classes / kLanes;
     for (std::int64_t i = 0; i < whole; ++i) S::store(to + i * kLanes, delta(i));
-    for (std::int64_t c = whole * kLanes; c < a.classes; ++c) to[c] = delta(whole)[c - whole * kLanes];
+    for (std::int64_t c = whole * kLanes; c < a.classes; ++c)
+      to[c] = delta(whole)[c - whole * kLanes];
   }
 };
 

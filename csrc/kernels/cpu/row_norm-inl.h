@@ -32,26 +32,30 @@ double row_norm(const RowNormArguments& a, std::int64_t row) {
   const Input* values = static_cast<const Input*>(a.values) + row * a.row_stride;
   const std::int64_t whole = a.columns / S::kLanes;
   V last{};
-  for (std::int64_t c = whole * S::kLanes; c < a.columns; ++c) last[c - whole * S::kLanes] = widen(values[c]);
+  for (std::int64_t c = whole * S::kLanes; c < a.columns; ++c)
+    last[c - whole * S::kLanes] = widen(values[c]);
   const auto value = [&](std::int64_t i) { return load_wide(values + i * S::kLanes); };
   const Real one = a.append_one ? Real(1) : Real(0);
 
   switch (a.norm) {
-    case Norm::l1:
-      return one + lanes_sum<Real>(sum_of<Real>(whole, [&](std::int64_t i) { return S::abs(value(i)); }) +
-                                   S::abs(last));
+    case Norm::l1: {
+      const auto magnitude = [&](std::int64_t i) { return S::abs(value(i)); };
+      const Real sum = one + lanes_sum<Real>(sum_of<Real>(whole, magnitude) + S::abs(last));
+      return sum <= -Constants<Real>::kLowest ? sum : row_norm_plain(a, values);
+    }
     case Norm::l2: {
-      const Real squares =
-          one + lanes_sum<Real>(sum_of<Real>(whole, [&](std::int64_t i) { return value(i) * value(i); }) +
-                                last * last);
-      if (squares > Constants<Real>::kSmallSquare && squares < -Constants<Real>::kLowest) return std::sqrt(squares);
-      return row_norm_plain(a, values);
+      const auto square = [&](std::int64_t i) { return value(i) * value(i); };
+      const Real sum = one + lanes_sum<Real>(sum_of<Real>(whole, square) + last * last);
+      const bool exact = sum > Constants<Real>::kSmallSquare && sum < -Constants<Real>::kLowest;
+      return exact ? std::sqrt(sum) : row_norm_plain(a, values);
     }
     case Norm::linf: {
       // A maximum forgets NaN; a sum of products with zero does not.
-      const V finite = sum_of<Real>(whole, [&](std::int64_t i) { return value(i) * Real(0); }) + last * Real(0);
+      const V finite =
+          sum_of<Real>(whole, [&](std::int64_t i) { return value(i) * Real(0); }) + last * Real(0);
       if (lanes_sum<Real>(finite) != Real(0)) return row_norm_plain(a, values);
-      const V most = max_of<Real>(whole, S::abs(last), [&](std::int64_t i) { return S::abs(value(i)); });
+      const V most =
+          max_of<Real>(whole, S::abs(last), [&](std::int64_t i) { return S::abs(value(i)); });
       const Real largest = lanes_max<Real>(most);
       return largest > one ? largest : one;
     }
@@ -66,7 +70,8 @@ void multiply_row_norm_of(const RowNormArguments& a, std::int64_t begin, std::in
     if (a.factor_dtype == DType::float64) {
       static_cast<double*>(a.factor)[row] *= norm;
     } else {
-      static_cast<float*>(a.factor)[row] = static_cast<float>(static_cast<float*>(a.factor)[row] * norm);
+      static_cast<float*>(a.factor)[row] =
+          static_cast<float>(static_cast<float*>(a.factor)[row] * norm);
     }
   }
 }

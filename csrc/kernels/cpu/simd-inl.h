@@ -16,13 +16,19 @@ struct Constants<float> {
   using Bits = std::uint32_t;
   using Index = std::int32_t;
   static constexpr float kLowest = -3.402823466e+38f;
-  static constexpr float kSmallSquare = 1e-30f;     // sums of squares below have lost digits
-  static constexpr float kUnderflow = -126.0f;      // 2^y is taken for 0 below
-  static constexpr float kRound = 12582912.0f;      // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kSmallSquare = 1e-30f;  // sums of squares below have lost digits
+  static constexpr float kUnderflow = -126.0f;   // 2^y is taken for 0 below
+  static constexpr float kRound = 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer
   static constexpr int kMantissa = 23;
   // 2^r on |r| <= 1/2, highest power first: minimax in relative error (2e-9), then rounded (2e-8).
-  static constexpr float kExp2[] = {1.535336199e-04f, 1.339887445e-03f, 9.618437358e-03f, 5.550332471e-02f,
-                                    2.402264791e-01f, 6.931472029e-01f, 1.0f};
+  static constexpr float kExp2[] = {
+      1.535336199e-04f,
+      1.339887445e-03f,
+      9.618437358e-03f,
+      5.550332471e-02f,
+      2.402264791e-01f,
+      6.931472029e-01f,
+      1.0f};
 };
 
 template <>
@@ -35,11 +41,13 @@ struct Constants<double> {
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int kMantissa = 52;
   // ln(2)^k / k!, k = 13 ... 0: the first neglected term is 4e-18.
-  static constexpr double kExp2[] = {
-      1.36914888539041241e-12, 2.56784359934881958e-11, 4.44553827187081007e-10, 7.05491162080112088e-09,
-      1.01780860092396960e-07, 1.32154867901443053e-06, 1.52527338040598377e-05, 1.54035303933816061e-04,
-      1.33335581464284411e-03, 9.61812910762847688e-03, 5.55041086648215762e-02, 2.40226506959100694e-01,
-      6.93147180559945286e-01, 1.0};
+  static constexpr double kExp2[] = {1.36914888539041241e-12, 2.56784359934881958e-11,
+                                     4.44553827187081007e-10, 7.05491162080112088e-09,
+                                     1.01780860092396960e-07, 1.32154867901443053e-06,
+                                     1.52527338040598377e-05, 1.54035303933816061e-04,
+                                     1.33335581464284411e-03, 9.61812910762847688e-03,
+                                     5.55041086648215762e-02, 2.40226506959100694e-01,
+                                     6.93147180559945286e-01, 1.0};
 };
 
 template <typename Real>
@@ -51,12 +59,17 @@ struct Simd {
   typedef Bits U __attribute__((vector_size(GROOD_FAST_VECTOR_BYTES)));
   typedef Index I __attribute__((vector_size(GROOD_FAST_VECTOR_BYTES)));
   // The same vector at any address; GCC compiles memcpy into one of these badly.
-  typedef Real Unaligned __attribute__((vector_size(GROOD_FAST_VECTOR_BYTES), aligned(sizeof(Real)), may_alias));
+  typedef Real Unaligned
+      __attribute__((vector_size(GROOD_FAST_VECTOR_BYTES), aligned(sizeof(Real)), may_alias));
   static constexpr std::int64_t kLanes = GROOD_FAST_VECTOR_BYTES / sizeof(Real);
 
   static GROOD_FAST_INLINE V all(Real value) { return value - V{}; }
-  static GROOD_FAST_INLINE V load(const Real* from) { return *reinterpret_cast<const Unaligned*>(from); }
-  static GROOD_FAST_INLINE void store(Real* to, V value) { *reinterpret_cast<Unaligned*>(to) = value; }
+  static GROOD_FAST_INLINE V load(const Real* from) {
+    return *reinterpret_cast<const Unaligned*>(from);
+  }
+  static GROOD_FAST_INLINE void store(Real* to, V value) {
+    *reinterpret_cast<Unaligned*>(to) = value;
+  }
   static GROOD_FAST_INLINE V max(V a, V b) { return a > b ? a : b; }
   static GROOD_FAST_INLINE V abs(V a) {
     return reinterpret_cast<V>(reinterpret_cast<U>(a) & (~Bits{0} >> 1));
@@ -75,8 +88,9 @@ GROOD_FAST_INLINE V exp2_nonpositive(V x, Real k) {
   const V r = x * k - (rounded - C::kRound);
   V p = S::all(C::kExp2[0]);
   for (unsigned i = 1; i < sizeof(C::kExp2) / sizeof(Real); ++i) p = p * r + C::kExp2[i];
-  // The low bits of `rounded` are the integer part: added to the exponent they multiply by its power.
-  const auto bits = reinterpret_cast<typename S::U>(p) + (reinterpret_cast<typename S::U>(rounded) << C::kMantissa);
+  // The low bits of `rounded` are the integer part: adding them to the exponent scales by 2 to it.
+  const auto bits = reinterpret_cast<typename S::U>(p) +
+                    (reinterpret_cast<typename S::U>(rounded) << C::kMantissa);
   return y < C::kUnderflow ? V{} : reinterpret_cast<V>(bits);
 }
 
@@ -124,7 +138,9 @@ GROOD_FAST_INLINE std::uint32_t bits_of_float(float value) {
 
 GROOD_FAST_INLINE float widen(float value) { return value; }
 GROOD_FAST_INLINE double widen(double value) { return value; }
-GROOD_FAST_INLINE float widen(Bfloat16 value) { return float_of_bits(std::uint32_t{value.bits} << 16); }
+GROOD_FAST_INLINE float widen(Bfloat16 value) {
+  return float_of_bits(std::uint32_t{value.bits} << 16);
+}
 GROOD_FAST_INLINE float widen(Float16 value) {
   const std::uint32_t magnitude = float16_magnitude_bits(std::uint32_t{value.bits});
   std::uint32_t bits = bits_of_float(float_of_bits(magnitude) * kFloat16Rebias);
