@@ -16,9 +16,17 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 from setuptools.errors import CompileError, PlatformError
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # or it trips over pyproject.toml's license
+    raise SystemExit(
+        f"error: grood-fast needs setuptools>=77 to build, and {sys.executable} has "
+        f"{setuptools.__version__}: pip install --upgrade setuptools, then try again."
+    )
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 13)  # the oldest torch the stable ABI is used of
@@ -38,7 +46,8 @@ print(json.dumps({"version": torch.__version__, "root": root}))
 
 def installed_torch() -> dict[str, str]:
     """Version and folder of the torch this interpreter has outside pip's isolated environment."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    isolation = ("PYTHONPATH", "PYTHONNOUSERSITE")  # how pip hides what is installed
+    environment = {key: value for key, value in os.environ.items() if key not in isolation}
     found = subprocess.run(
         [sys.executable, "-c", FIND_TORCH],
         capture_output=True,
@@ -52,7 +61,7 @@ def installed_torch() -> dict[str, str]:
         raise PlatformError(
             f"grood-fast compiles against an installed torch, and {sys.executable} has none: "
             f"install torch>={wanted} first (for example: pip install torch==2.13.0), then try "
-            "again."
+            "again (with uv or build: with --no-build-isolation)."
         )
     torch: dict[str, str] = json.loads(found.stdout.strip().splitlines()[-1])
     if tuple(map(int, torch["version"].split("+")[0].split(".")[:2])) < TORCH_TARGET:
@@ -72,6 +81,15 @@ def compiler() -> list[str]:
         "grood-fast needs a C++20 compiler to build (GCC 11 or Clang 14, or later), and none was "
         "found: install one (Debian, Ubuntu: apt install g++) or name it in CXX."
     )
+
+
+class Metadata(dist_info):  # type: ignore[misc]
+    """Misses what the build will need before pip downloads dependencies: gigabytes, with torch."""
+
+    def run(self) -> None:
+        for needed in (ninja, pybind11_include, compiler, installed_torch):
+            needed()
+        super().run()
 
 
 class NinjaBuild(build_ext):  # type: ignore[misc]
@@ -98,8 +116,6 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
             ) from error
 
     def ninja_file(self, cxx: list[str], torch: dict[str, str], build: Path) -> str:
-        import pybind11
-
         version = subprocess.run([*cxx, "--version"], capture_output=True, text=True, check=False)
         facts = {
             "GROOD_FAST_VERSION": self.distribution.get_version(),
@@ -122,7 +138,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
             "grood_fast._kernels": [
                 *common,
                 *defines,
-                f"-isystem{pybind11.get_include()}",
+                f"-isystem{pybind11_include()}",
                 f"-isystem{sysconfig.get_paths()['include']}",
             ],
         }
@@ -174,6 +190,16 @@ def ninja() -> str:
         ) from None
 
 
+def pybind11_include() -> str:
+    try:
+        from pybind11 import get_include
+    except ImportError:
+        raise PlatformError(
+            "grood-fast builds with pybind11: pip install pybind11, then try again."
+        ) from None
+    return str(get_include())
+
+
 def jobs() -> list[str]:
     return ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
 
@@ -191,5 +217,5 @@ setup(
         Extension(name, sources=[str(path.relative_to(ROOT)) for path in KERNELS + SOURCES[name]])
         for name in SOURCES
     ],
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": NinjaBuild, "dist_info": Metadata},
 )

@@ -1,4 +1,4 @@
-"""Ratios in one run: the things compared take turns, so a change of the machine's speed meets all."""
+"""Ratios in one run: the things compared take turns, so a change of speed meets all alike.
 
 from __future__ import annotations
 
