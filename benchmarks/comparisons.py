@@ -1,4 +1,4 @@
-"""Ratios in one run: the things compared take turns, so a change of speed meets all alike.
+"""Ratios in one run: the things compared take turns, so a change of speed meets all alike."""
 
 from __future__ import annotations
 
