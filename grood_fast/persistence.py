@@ -36,7 +36,7 @@ def atomic_write(target: str | os.PathLike[str]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
         temporary = Path(folder) / target.name
         yield temporary
-        with temporary.open("rb") as file:  # a full disk may only show here
+        with temporary.open("r+b") as file:  # a full disk may only show here
             os.fsync(file.fileno())
         temporary.replace(target)
 
@@ -84,7 +84,10 @@ def write(
     record["header_sha256"] = _header_sha256(record)
     try:
         with atomic_write(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the user's umask says; safetensors' own is private
             save_file(stored, temporary, metadata={_KEY: json.dumps(record, sort_keys=True)})
+            temporary.chmod(mode)
     except (OSError, SafetensorError) as error:
         raise PersistenceError(
             f"could not write {os.fspath(path)} ({error}): check the folder, its permissions and "

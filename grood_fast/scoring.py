@@ -174,8 +174,9 @@ def load(
 
 
 def _named(detector: Spec | Sequence[Spec]) -> tuple[dict[str, Detector], bool]:
-    if isinstance(detector, str) or not isinstance(detector, Sequence):
+    if isinstance(detector, str) or not isinstance(detector, Iterable):
         return by_unique_name([detector]), False
-    if not detector:
+    named = by_unique_name(detector)
+    if not named:
         raise InputError("no detector was named: pass at least one.")
-    return by_unique_name(detector), True
+    return named, True

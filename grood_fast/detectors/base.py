@@ -157,7 +157,7 @@ class Detector:
         """
         classifier = Classifier(model, head, precision)
         fit_together(classifier, [self], reference, progress=progress)
-        self._classifier = classifier
+        self._classifier = classifier  # also where nothing had to be fitted
         return self
 
     def score(self, loader: Iterable[Any], *, progress: bool = True) -> Scores:
@@ -246,9 +246,20 @@ class Detector:
 
         Raises:
             NotFittedError: not fitted.
-            PersistenceError: the file cannot be written; an older one is untouched.
+            PersistenceError: the file cannot be written (an older one is untouched), or could not
+                be read again, because a part of the detector is in no registry.
         """
         self.require_fitted()
+        for known, component in (
+            (REPRESENTATIONS, self.representation),
+            (SCORES, self.score_function),
+        ):
+            if known.get(component.name) is not type(component):
+                raise PersistenceError(
+                    f"{type(component).__name__} could be saved but not loaded: enter it as "
+                    f"{component.name!r} in grood_fast.representations.REPRESENTATIONS or "
+                    "grood_fast.scores.SCORES first."
+                )
         tensors = {
             f"{part}.{key}": tensor
             for part, component in self._parts().items()
@@ -424,6 +435,7 @@ class Fitting:
     def install(self, classifier: Classifier) -> None:
         """Hand what was learned to the detector, whose calibration is void from here on."""
         self.detector.score_function = self.score
+        self.detector._classifier = classifier
         self.detector.calibration = None
         self.detector._sketch = self._sketch
         self.detector.card = {

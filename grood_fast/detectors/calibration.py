@@ -76,8 +76,8 @@ class Calibration:
         A NaN score counts as larger than all.
         """
         plain = scores.detach().to("cpu", torch.float32)
-        below = torch.searchsorted(self.scores, plain.contiguous(), side="left")
-        at_least = torch.where(plain.isnan(), 0, len(self.scores) - below)
+        below = torch.searchsorted(self.scores, plain.contiguous(), side="left")  # NaN: all are
+        at_least = len(self.scores) - below
         return (1 + at_least).double() / (len(self.scores) + 1)
 
 
@@ -123,11 +123,8 @@ class SampleSketch:
 
     def merge(self, other: SampleSketch) -> None:
         """Add what another sketch has absorbed."""
-        bounds = [s.fingerprints[-1] for s in (self, other) if not s.complete]
         together = _distinct(self.fingerprints, other.fingerprints)
-        if bounds:
-            together = together[together <= torch.stack(bounds).min()]
-        self.complete = not bounds and len(together) <= SKETCH_SIZE
+        self.complete &= other.complete and len(together) <= SKETCH_SIZE
         self.fingerprints = together[:SKETCH_SIZE]
 
     def seen(self, fingerprints: Tensor) -> tuple[int, int]:

@@ -89,11 +89,13 @@ def detector(spec: str | Score | Detector, **options: Any) -> Detector:
         maker = DETECTORS.get(spec)
         if maker is None:
             raise InputError(f"unknown detector {spec!r}; known: {', '.join(DETECTORS)}.")
+        signature = inspect.signature(maker)
         try:
-            inspect.signature(maker).bind(**options)
+            signature.bind(**options)
         except TypeError as error:
+            known = [f"{name}={p.default!r}" for name, p in signature.parameters.items()]
             raise InputError(
-                f"{spec}: {error}; its arguments: {inspect.signature(maker)}."
+                f"{spec}: {error}; its options: {', '.join(known) or 'none'}."
             ) from None
         spec = maker(**options)
     elif options:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from grood_fast.objectives import Objective
@@ -19,7 +20,7 @@ class HeadGradientFactors:
     Attributes:
         objective: whose gradient.
         statistics: the batch's logits (B, C) and their softmax statistics.
-        features: (B, D) h.
+        features: (B, D) h, float64 exactly if the logits are.
         bias: whether the bias' gradient δ belongs to it: then h stands for [h; 1].
     """
 
@@ -52,4 +53,7 @@ class HeadGradient(Representation):
         return {"objective": self.objective.config(), "bias": self.bias}
 
     def __call__(self, signals: Signals) -> HeadGradientFactors:
-        return HeadGradientFactors(self.objective, signals.statistics, signals.features, self.bias)
+        features, dtype = signals.features, signals.logits.dtype
+        if torch.float64 in (features.dtype, dtype):  # a model may cast its output
+            features = features.to(dtype)
+        return HeadGradientFactors(self.objective, signals.statistics, features, self.bias)
