@@ -76,8 +76,11 @@ class Comparisons:
         gc.disable()
         try:
             end = time.perf_counter() + seconds
-            while len(times[0]) < 5 or time.perf_counter() < end:
-                for call, count, measured in zip(calls, inner, times, strict=True):
+            while len(times[0]) < 6 or time.perf_counter() < end:
+                # Whoever goes first finds another state of caches and memory: take turns in that.
+                order = range(len(calls)) if len(times[0]) % 2 else reversed(range(len(calls)))
+                for position in order:
+                    call, count, measured = calls[position], inner[position], times[position]
                     start = time.perf_counter()
                     for _ in range(count):
                         call()

@@ -158,7 +158,7 @@ class Classifier:
             stack.enter_context(_undisturbed(self.model))
             candidates = self._candidates()
             for name, module in candidates.items():
-                stack.enter_context(_recording(name, module, calls))
+                stack.enter_context(_recording(name, module, calls, batch.size))
             logits = _logits(_call(self.model, batch), batch.size)
             rejected: dict[str, str] = {}
             for call in reversed(calls):
@@ -391,10 +391,24 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(name: str, module: nn.Module, calls: list[_Call]) -> Iterator[None]:
+def _recording(
+    name: str, module: nn.Module, calls: list[_Call], size: int | None = None
+) -> Iterator[None]:
+    """Append every call of a layer to ``calls``.
+
+    With ``size``, the number of samples, only the shapes of what has several positions a sample:
+    it cannot be logits, and together it is as large as the whole forward pass.
+    """
+
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        calls.append(_Call(name, module, next(inputs, None), out))
+        features = next(inputs, None)
+        if size is not None and isinstance(out, Tensor) and out.numel() > size * out_features:
+            out = out.to("meta")
+            features = None if features is None else features.to("meta")
+        calls.append(_Call(name, module, features, out))
+
+    out_features = cast(Tensor, module.weight).shape[0]
 
     handle = module.register_forward_hook(record, with_kwargs=True)
     try:
@@ -492,7 +506,7 @@ def _rejection(call: _Call, logits: Tensor) -> str | None:
     size, classes = logits.shape
     weight, bias = _weight_matrix(call.module), _bias_vector(call.module)
     shapes = f"it returns {tuple(output.shape)}, the model {tuple(logits.shape)}"
-    if output.numel() != logits.numel():
+    if output.numel() != logits.numel() or output.is_meta:
         if output.ndim > 2 and weight.shape[0] == classes:
             return (
                 f"{shapes}: it gives one set of logits a position, and pooling them or picking one "

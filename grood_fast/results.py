@@ -10,6 +10,36 @@ import torch
 from torch import Tensor
 
 
+class Column:
+    """A 1-D tensor that grows by batches.
+
+    Not a list of them: small tensors kept between the large ones of a forward pass would pin the
+    allocator's free memory in pieces too small for the next batch.
+
+    Args:
+        dtype: of the values.
+        device: of the values.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._buffer = torch.empty(4096, dtype=dtype, device=device)
+        self._size = 0
+
+    def append(self, values: Tensor) -> None:
+        """Add (B,) values."""
+        end = self._size + len(values)
+        if end > len(self._buffer):
+            grown = self._buffer.new_empty(max(2 * len(self._buffer), end))
+            grown[: self._size] = self._buffer[: self._size]
+            self._buffer = grown
+        self._buffer[self._size : end] = values
+        self._size = end
+
+    def finish(self) -> Tensor:
+        """All values, (N,) on the CPU."""
+        return self._buffer[: self._size].to("cpu", copy=True)
+
+
 class Scores(Tensor):
     """Scores of one detector: a 1-D float32 CPU tensor in loader order; higher = more OOD.
 

@@ -128,9 +128,8 @@ def stream(
         HeadNotFoundError: features are needed and the model has no linear head.
     """
     with classifier.session(features="features" in needs):
-        _, batches = preview(loader)
         start = 0
-        for batch in batches:
+        for batch in preview(loader)[1]:
             logits, features = classifier.forward(batch)
             labels = None if batch.labels is None else batch.labels.to(logits.device)
             indices = torch.arange(start, start + batch.size)

@@ -26,7 +26,7 @@ from grood_fast.errors import (
     ScoreWarning,
 )
 from grood_fast.representations import REPRESENTATIONS, Representation
-from grood_fast.results import Scores, ScoreTable
+from grood_fast.results import Column, Scores, ScoreTable
 from grood_fast.scores import SCORES, Score
 from grood_fast.signals import Signals, stream
 
@@ -200,13 +200,12 @@ class Detector:
         classifier = self._bound()
         self.require_fitted()
         self.to(classifier.device)
-        chunks: list[Tensor] = []
+        scores = Column(torch.float32, classifier.device)
         looked_up, seen = 0, 0
         with closing(stream(classifier, loader, self.needs)) as batches:
             for signals in _progress(batches, loader, "calibrating", progress):
-                if not chunks:
-                    _find_head(classifier, signals)
-                chunks.append(self(signals))
+                _find_head(classifier, signals)
+                scores.append(self(signals))
                 if self.needs_fit:
                     some, again = self._sketch.seen(signals.batch.fingerprints())
                     looked_up, seen = looked_up + some, seen + again
@@ -218,7 +217,7 @@ class Detector:
                 FitWarning,
                 stacklevel=2,
             )
-        self.calibration = Calibration.of(torch.cat(chunks), id_recall)
+        self.calibration = Calibration.of(scores.finish(), id_recall)
         self.card = {**self.card, **_model_facts(classifier)}
         return self
 
@@ -463,8 +462,8 @@ def fit_together(
         return
     with closing(stream(classifier, reference, needs)) as batches:
         for signals in _progress(batches, reference, "fitting", progress):
+            _find_head(classifier, signals)
             if not fittings:
-                _find_head(classifier, signals)
                 fittings = [Fitting(detector, classifier) for detector in learners]
             for fitting in fittings:
                 fitting.absorb(signals)
@@ -493,24 +492,28 @@ def score_together(
         detector.require_fitted()
         detector.to(classifier.device)
     needs = frozenset[str]().union(*(detector.needs for detector in detectors.values()))
-    columns: dict[str, list[Tensor]] = {name: [] for name in detectors}
-    predictions: list[Tensor] = []
-    labels: list[Tensor | None] = []
+    device = classifier.device
+    columns = {name: Column(torch.float32, device) for name in detectors}
+    predictions, labels = Column(torch.int64, device), Column(torch.int64, device)
+    all_labelled = True
     with closing(stream(classifier, loader, needs)) as batches:
         for signals in _progress(batches, loader, "scoring", progress):
             for name, detector in detectors.items():
-                columns[name].append(detector(signals).float())
+                columns[name].append(detector(signals))
             predictions.append(signals.predictions)
-            labels.append(signals.labels)
-    table = {name: torch.cat(chunks).cpu() for name, chunks in columns.items()}
+            all_labelled &= signals.labels is not None
+            if signals.labels is not None:
+                labels.append(signals.labels)
+    table = {name: column.finish() for name, column in columns.items()}
     for name, values in table.items():
         _warn_of_nan(name, values)
-    known = [chunk for chunk in labels if chunk is not None]
-    all_labels = torch.cat(known).cpu() if len(known) == len(labels) else None
-    return ScoreTable(table, torch.cat(predictions).cpu(), all_labels)
+    return ScoreTable(table, predictions.finish(), labels.finish() if all_labelled else None)
 
 
 def _find_head(classifier: Classifier, signals: Signals) -> None:
+    """At the first batch: so that the detector knows its model by the head."""
+    if classifier.has_head or len(signals.indices) == 0 or int(signals.indices[0]) > 0:
+        return
     try:
         classifier.find_head(signals.batch)
     except HeadNotFoundError as error:

@@ -266,7 +266,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     precision: Literal["fp32", "bf16"] = field(default_factory=training_precision)
-    architecture: Literal["small_residual_network"] = "small_residual_network"
+    architecture: Literal["small_residual_network", "resnet18"] = "small_residual_network"
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -358,7 +358,7 @@ def accuracy(model: nn.Module, data: TensorDataset, batch_size: int = 500) -> fl
 
 def _train(recipe: Recipe, splits: Splits, progress: bool) -> ResidualNetwork:
     with _local_random_state(recipe.seed):
-        model = small_residual_network(len(splits.classes))
+        model = _untrained(recipe, len(splits.classes))
     model = _channels_last(model).train()
     images, labels = splits.train.tensors
     steps = max(len(images) // recipe.batch_size, 1)
@@ -397,6 +397,12 @@ def _train(recipe: Recipe, splits: Splits, progress: bool) -> ResidualNetwork:
                 if step % 20 == 0:
                     bar.set_postfix(epoch=f"{epoch + 1}/{recipe.epochs}", loss=f"{loss.item():.3f}")
     return model.eval()
+
+
+def _untrained(recipe: Recipe, classes: int) -> ResidualNetwork:
+    if recipe.architecture == "resnet18":
+        return resnet18(classes, in_channels=1)
+    return small_residual_network(classes)
 
 
 def _channels_last(model: ResidualNetwork) -> ResidualNetwork:
@@ -443,7 +449,7 @@ def _load(recipe: Recipe) -> TrainedNetwork | None:
         logger.warning("training the network again: %s", error)
         return None
     with _local_random_state(recipe.seed):
-        model = small_residual_network(len(weights["head.bias"]))
+        model = _untrained(recipe, len(weights["head.bias"]))
     model.load_state_dict(weights)
     return TrainedNetwork(
         model=_channels_last(model).eval(),
