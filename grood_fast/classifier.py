@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 Precision = Literal["fp32", "bf16"]
 
 PROBE_SAMPLES = 2
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 """How many samples of a batch find the head: one could lose its batch dimension to a squeeze."""
 
 LISTED_CANDIDATES = 8
@@ -64,6 +65,7 @@ class Classifier:
         self.precision: Precision = precision or "fp32"
         self._requested_head = head
         self._found_head: _Head | None = None
+        self._first_layer: str | None = None
         self._session: _Session | None = None
 
     @property
@@ -159,6 +161,7 @@ class Classifier:
             candidates = self._candidates()
             for name, module in candidates.items():
                 stack.enter_context(_recording(name, module, calls, batch.size))
+            stack.enter_context(self._finding_the_first_layer())
             logits = _logits(_call(self.model, batch), batch.size)
             rejected: dict[str, str] = {}
             for call in reversed(calls):
@@ -170,6 +173,26 @@ class Classifier:
         for name in candidates:
             rejected.setdefault(name, "it is not called in the forward pass")
         raise HeadNotFoundError(self._no_head(candidates, rejected))
+
+    @contextmanager
+    def _finding_the_first_layer(self) -> Iterator[None]:
+        """Note the first convolution or linear layer called, if it is given floating point."""
+        called: list[tuple[str, bool]] = []
+
+        def note(name: str, inputs: tuple[Any, ...]) -> None:
+            floating = any(isinstance(x, Tensor) and x.is_floating_point() for x in inputs)
+            called.append((name, floating))
+
+        with ExitStack() as stack:
+            for name, module in self.model.named_modules():
+                if isinstance(module, _LAYERS):
+                    hook = module.register_forward_pre_hook(
+                        lambda _module, inputs, name=name: note(name, inputs)
+                    )
+                    stack.callback(hook.remove)
+            yield
+        if called and called[0][1]:
+            self._first_layer = called[0][0]
 
     @contextmanager
     def session(self, features: bool) -> Iterator[None]:
@@ -214,7 +237,8 @@ class Classifier:
             session.network = self._prepare(session, batch)
         batch = batch.to(self.device)
         if self.precision == "bf16":
-            batch = batch.map_inputs(lambda tensor: _cast(tensor, torch.bfloat16))
+            dtype = torch.bfloat16 if self._first_in_bf16 else torch.float32
+            batch = batch.map_inputs(lambda tensor: _cast(tensor, dtype))
         session.calls.clear()
         try:
             output = _call(session.network, batch)
@@ -238,6 +262,13 @@ class Classifier:
                 "The head has not been looked for yet: call find_head(batch) with a batch of data."
             )
         return self._found_head
+
+    @property
+    def _first_in_bf16(self) -> bool:
+        """Whether the first layer runs in bfloat16 as well: the head, and what is given integers,
+        are another matter."""
+        head = None if self._found_head is None else self._found_head.name
+        return self._first_layer in (None, head)
 
     def _parameters(self) -> tuple[Tensor, Tensor | None]:
         # In eval mode: reading a spectrally normalised weight in training mode would change it.
@@ -295,7 +326,9 @@ class Classifier:
                 logger.info(
                     "%s has no linear head: all of it runs in bfloat16", type(network).__name__
                 )
-            network = _bf16_copy(network, self._found_head)
+            network = _bf16_copy(
+                network, self._found_head, None if self._first_in_bf16 else self._first_layer
+            )
         if session.features:
             head = network.get_submodule(self.head_name)
             session.stack.enter_context(_recording(self.head_name, head, session.calls))
@@ -548,14 +581,18 @@ class _Copy:
 _COPIES: WeakKeyDictionary[nn.Module, _Copy] = WeakKeyDictionary()
 
 
-def _bf16_copy(model: nn.Module, head: _Head | None) -> nn.Module:
-    """The model with its backbone in bfloat16 and channels_last, its head in float32."""
+def _bf16_copy(model: nn.Module, head: _Head | None, first: str | None) -> nn.Module:
+    """The model with its backbone in bfloat16 and channels_last, its head in float32.
+
+    ``first`` names the layer that is given the inputs. It stays in float32: rounding the inputs is
+    no noise where many pixels have the same value, such as a background.
+    """
     name = None if head is None else head.name
-    contents = [(name,), *map(_content, _tensors(model))]
+    contents = [(name, first), *map(_content, _tensors(model))]
     cached = _COPIES.get(model)
     if cached is not None and cached.contents == contents:
         return cached.network
-    network = _make_bf16_copy(model, head)
+    network = _make_bf16_copy(model, head, first)
     if cached is None:
         size = sum(tensor.nbytes for tensor in _tensors(network))
         logger.info("bf16 copy of %s: %.1f MiB", type(model).__name__, size / 2**20)
@@ -563,7 +600,7 @@ def _bf16_copy(model: nn.Module, head: _Head | None) -> nn.Module:
     return network
 
 
-def _make_bf16_copy(model: nn.Module, head: _Head | None) -> nn.Module:
+def _make_bf16_copy(model: nn.Module, head: _Head | None, first: str | None) -> nn.Module:
     kept: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._NormBase,)
     if all(tensor.device.type == "cpu" for tensor in _tensors(model)):
         # Here too torch mixes bf16 inputs with float32 parameters, at no cost.
@@ -583,16 +620,26 @@ def _make_bf16_copy(model: nn.Module, head: _Head | None) -> nn.Module:
             f'precision="bf16" runs a copy of the model, and {type(model).__name__} cannot be '
             f'copied ({error}). Use precision="fp32".'
         ) from error
-    if head is not None:
-        # Not through the memo: a tied head shares its weight with a part of the backbone.
-        copied = network.get_submodule(head.name)
-        for original, module in zip(head.module.modules(), copied.modules(), strict=True):
-            for key, parameter in original.named_parameters(recurse=False):
-                module._parameters[key] = _parameter(parameter, torch.float32)
-            for key, buffer in original.named_buffers(recurse=False):
-                module._buffers[key] = _cast(buffer, torch.float32, copy=True)
-        copied.register_forward_pre_hook(_upcast_inputs, with_kwargs=True)
+    in_float32 = [name for name in {None if head is None else head.name, first} if name is not None]
+    for name in in_float32:
+        _keep_in_float32(model.get_submodule(name), network.get_submodule(name))
+    if first is not None:
+        network.get_submodule(first).register_forward_hook(_downcast_output)
+        done = {part for name in in_float32 for part in network.get_submodule(name).modules()}
+        for module in network.modules():
+            if isinstance(module, _LAYERS) and module not in done:
+                module.register_forward_pre_hook(_downcast_inputs, with_kwargs=True)
     return network
+
+
+def _keep_in_float32(original: nn.Module, copied: nn.Module) -> None:
+    # Not through the memo: a tied head shares its weight with a part of the backbone.
+    for source, module in zip(original.modules(), copied.modules(), strict=True):
+        for key, parameter in source.named_parameters(recurse=False):
+            module._parameters[key] = _parameter(parameter, torch.float32)
+        for key, buffer in source.named_buffers(recurse=False):
+            module._buffers[key] = _cast(buffer, torch.float32, copy=True)
+    copied.register_forward_pre_hook(_upcast_inputs, with_kwargs=True)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
@@ -619,10 +666,23 @@ def _content(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.dtype, version, total
 
 
-def _upcast_inputs(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def upcast(value: Any) -> Any:
-        return _cast(value, torch.float32) if isinstance(value, Tensor) else value
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-    return tuple(map(upcast, args)), {key: upcast(value) for key, value in kwargs.items()}
+
+def _upcast_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    return _cast_arguments(args, kwargs, torch.float32)
+
+
+def _downcast_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    return _cast_arguments(args, kwargs, torch.bfloat16)
+
+
+def _downcast_output(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+    return _cast(output, torch.bfloat16) if isinstance(output, Tensor) else output
+
+
+def _cast_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> Arguments:
+    def cast_value(value: Any) -> Any:
+        return _cast(value, dtype) if isinstance(value, Tensor) else value
+
+    return tuple(map(cast_value, args)), {key: cast_value(v) for key, v in kwargs.items()}

@@ -542,7 +542,7 @@ def test_bf16_runs_a_copy_with_the_head_in_fp32(caplog: pytest.LogCaptureFixture
     torch.testing.assert_close(logits, exact, rtol=0.05, atol=0.02)
     assert not torch.equal(logits, exact)
     copied = module_under_test._COPIES[model].network
-    assert copied.backbone[0].weight.dtype == torch.bfloat16
+    assert copied.backbone[0].weight.dtype == torch.float32, "it is given the inputs"
     assert copied.backbone[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert copied.backbone[1].running_var.dtype == torch.float32
     assert copied.head.weight.dtype == torch.float32
@@ -611,10 +611,44 @@ def test_bf16_without_a_head_and_with_token_ids() -> None:
     torch.testing.assert_close(logits, model(ids), rtol=0.05, atol=0.05)
 
 
+def test_bf16_keeps_what_is_given_the_inputs_in_fp32() -> None:
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 3, 1)
+            self.second = nn.Conv2d(3, 3, 1)
+            self.head = nn.Linear(3, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            # The sum with the raw inputs is float32 again.
+            hidden = self.second(self.first(x) + x)
+            return self.head(hidden.mean(dim=(2, 3)))
+
+    model = Skipping()
+    classifier = found(model, precision="bf16")
+    copied = module_under_test._COPIES[model].network
+    dtypes = [copied.first.weight.dtype, copied.second.weight.dtype, copied.head.weight.dtype]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
+    # A background between two bfloat16 numbers: rounded inputs would all be off in one direction.
+    with torch.no_grad():
+        model.second.weight.copy_(torch.eye(3).reshape(3, 3, 1, 1))
+        model.first.weight.copy_(64 * torch.eye(3).reshape(3, 3, 1, 1))
+        for layer in (model.first, model.second):
+            layer.bias.zero_()
+        model.first.bias.fill_(-64.25)
+    images = torch.full((B, 3, 8, 8), 1.00390625 - 2**-12)
+    with classifier.session(features=True):
+        _, features = classifier.forward(parse_batch(images))
+    assert features is not None
+    exact = 65 * (1.00390625 - 2**-12) - 64.25
+    torch.testing.assert_close(features, torch.full_like(features, exact), rtol=2**-7, atol=0)
+
+
 def test_models_that_cannot_run_in_bf16_say_so() -> None:
     class Fixed(Net):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x + torch.zeros(1, dtype=torch.float32))
+            features = self.backbone(x)
+            return self.head(F.linear(features, torch.eye(D, dtype=torch.float32)))
 
     class Uncopied(Net):
         def __deepcopy__(self, memo: Any) -> Any:
