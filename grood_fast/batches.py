@@ -89,13 +89,15 @@ def parse_batch(batch: Any) -> Batch:
 
     Accepted are a tensor ``x``; a tuple or list ``(x,)``, ``(x, y)`` or ``(x, y, ...)``, of which
     anything after ``y`` is ignored; ``{"data": x, "label": y}`` (OpenOOD; other keys are ignored);
-    and any other mapping, whose items but ``labels`` and ``label`` become keyword arguments
-    (Hugging Face). ``y`` counts as labels if it is an integer tensor of shape (B,); one-hot, soft
-    and real-valued targets do not.
+    any other mapping, whose items but ``labels`` and ``label`` become keyword arguments (Hugging
+    Face); and what was read before. ``y`` counts as labels if it is an integer tensor of shape
+    (B,); one-hot, soft and real-valued targets do not.
 
     Raises:
         InputError: the batch has none of these formats.
     """
+    if isinstance(batch, Batch):
+        return batch
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     target: Any = None
@@ -130,6 +132,24 @@ def parse_batch(batch: Any) -> Batch:
         )
     size = inputs[0].shape[0]
     return Batch(args, kwargs, _class_labels(target, size), size)
+
+
+def is_batch(samples: Any) -> bool:
+    """Whether this is one batch rather than a loader or a list of batches.
+
+    A list or tuple is one where it starts with a tensor and is not followed by more of its kind:
+    ``[x, y]``, as ``torch.utils.data.DataLoader`` yields it, but not ``[x1, x2]``.
+    """
+    if isinstance(samples, (Tensor, Mapping)):
+        return True
+    if not isinstance(samples, (tuple, list)) or not samples or not isinstance(samples[0], Tensor):
+        return False
+    first, second = samples[0], samples[1] if len(samples) > 1 else None
+    alike = isinstance(second, Tensor) and (second.dtype, second.shape[1:]) == (
+        first.dtype,
+        first.shape[1:],
+    )
+    return not alike
 
 
 def preview(loader: Iterable[Any]) -> tuple[Batch, Iterator[Batch]]:

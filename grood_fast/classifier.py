@@ -8,10 +8,12 @@ import inspect
 import logging
 import random
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from threading import RLock
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grood_fast.batches import Batch
-from grood_fast.errors import HeadNotFoundError, InputError
+from grood_fast.errors import HeadNotFoundError, InputError, ScoreWarning
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,9 @@ class Classifier:
         self._found_head: _Head | None = None
         self._first_layer: str | None = None
         self._session: _Session | None = None
+        self._fingerprints: dict[str, tuple[list[Any], str]] = {}
+        with _LOCKS_LOCK:
+            self._lock = _LOCKS.setdefault(self.model, RLock())
 
     @property
     def head_name(self) -> str:
@@ -125,19 +130,15 @@ class Classifier:
                 raise HeadNotFoundError(
                     f"{type(self.model).__name__} has no layer {layer!r}."
                 ) from None
-        with _undisturbed(module):
-            tensors: Iterable[Tensor | None] = (
-                (_weight_matrix(module), _bias_vector(module))
-                if _has_weight_matrix(module)
-                else [tensor.detach() for tensor in _tensors(module)]
-            )
-            digest = hashlib.sha256()
-            for tensor in tensors:
-                if tensor is not None:
-                    digest.update(str(tuple(tensor.shape)).encode())
-                    values = tensor.float().cpu().contiguous().numpy()
-                    digest.update(values.astype("<f4", copy=False).data)
-        return digest.hexdigest()
+        name = self.head_name if layer is None else layer
+        with self._lock:
+            # Asked for before every pass: hashed again only if the layer's tensors changed.
+            contents = list(map(_content, _tensors(module)))
+            known = self._fingerprints.get(name)
+            if known is None or known[0] != contents:
+                known = contents, _digest(module)
+                self._fingerprints[name] = known
+        return known[1]
 
     def find_head(self, batch: Batch) -> None:
         """Find the layer whose output is the logits, by one forward pass of two samples.
@@ -157,6 +158,7 @@ class Classifier:
         batch = batch.first(PROBE_SAMPLES).to(self.device)
         calls: list[_Call] = []
         with ExitStack() as stack:
+            stack.enter_context(self._lock)
             stack.enter_context(_undisturbed(self.model))
             candidates = self._candidates()
             for name, module in candidates.items():
@@ -198,7 +200,8 @@ class Classifier:
     def session(self, features: bool) -> Iterator[None]:
         """Borrow the model for any number of :meth:`forward` calls.
 
-        Inside, the model is in eval mode and autograd is off. On exit, also by an exception or
+        Inside, the model is in eval mode, and autograd and autocast are off. Other threads that
+        want the same model wait. On exit, also by an exception or
         KeyboardInterrupt, each submodule's mode, the hooks and the random states of torch (the CPU
         and the model's CUDA devices), NumPy and Python are as they were. This is ``no_grad``
         rather than ``inference_mode``: what a model or data set computes once and keeps (rotary
@@ -208,9 +211,9 @@ class Classifier:
             features: whether :meth:`forward` returns the penultimate features. They need a linear
                 head; logits alone do not.
         """
-        previous = self._session
         with ExitStack() as stack:
-            stack.callback(setattr, self, "_session", previous)
+            stack.enter_context(self._lock)
+            stack.callback(setattr, self, "_session", self._session)
             stack.enter_context(_undisturbed(self.model))
             self._session = _Session(features, stack)
             yield
@@ -242,6 +245,8 @@ class Classifier:
         session.calls.clear()
         try:
             output = _call(session.network, batch)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             if self.precision == "bf16" and "BFloat16" in str(error):
                 raise InputError(
@@ -273,7 +278,7 @@ class Classifier:
     def _parameters(self) -> tuple[Tensor, Tensor | None]:
         # In eval mode: reading a spectrally normalised weight in training mode would change it.
         head = self._head.module
-        with _undisturbed(head):
+        with self._lock, _undisturbed(head):
             return _weight_matrix(head), _bias_vector(head)
 
     def _candidates(self) -> dict[str, nn.Module]:
@@ -401,6 +406,27 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     return chain(model.parameters(), model.buffers())
 
 
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = RLock()
+
+
+def _digest(module: nn.Module) -> str:
+    """SHA-256 of a layer's weight and bias, or of all tensors of a module without a weight."""
+    with _undisturbed(module):
+        tensors: Iterable[Tensor | None] = (
+            (_weight_matrix(module), _bias_vector(module))
+            if _has_weight_matrix(module)
+            else [tensor.detach() for tensor in _tensors(module)]
+        )
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            if tensor is not None:
+                digest.update(str(tuple(tensor.shape)).encode())
+                values = tensor.float().cpu().contiguous().numpy()
+                digest.update(values.astype("<f4", copy=False).data)
+    return digest.hexdigest()
+
+
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode, no autograd, no compiled code; afterwards everything is as it was found.
@@ -415,6 +441,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         stack.callback(np.random.set_state, numpy_state)
         stack.callback(random.setstate, python_state)
         stack.enter_context(torch.no_grad())
+        for kind in {"cpu", *(tensor.device.type for tensor in _tensors(model))} & {"cpu", "cuda"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module, training in modes:
@@ -502,6 +530,13 @@ def _find_logits(output: Any) -> Tensor:
         )
     if isinstance(output, (tuple, list)):
         found = _matrices(output)
+        if len({matrix.shape[1] for matrix in found}) > 1:
+            warnings.warn(
+                f"The model returns several matrices, {[tuple(m.shape) for m in found]}: the first "
+                "is taken for the logits. Wrap the model if that is wrong.",
+                ScoreWarning,
+                stacklevel=2,
+            )
         if found:
             return found[0]
     raise InputError(

@@ -8,8 +8,9 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.data import DataLoader
 
+    from grood_fast.detectors import Detector
     from grood_fast.evaluation import Report
 
 app = typer.Typer(
@@ -163,7 +165,8 @@ def evaluate(
         Path | None, typer.Option(help="In-distribution images for detectors that are fitted.")
     ] = None,
     detector: Annotated[
-        list[str] | None, typer.Option(help="A detector's name; may be given again.")
+        list[str] | None,
+        typer.Option(help="A detector, as knn or knn:k=10,metric=euclidean; may be given again."),
     ] = None,
     resize: Annotated[int | None, typer.Option(help="Length of the shorter side.")] = None,
     crop: Annotated[int | None, typer.Option(help="Side of the central square.")] = None,
@@ -202,20 +205,34 @@ def evaluate(
             grayscale=grayscale,
         )
         return DataLoader(
-            data, batch_size, num_workers=workers, collate_fn=None if data.classes else _unlabelled
+            data, batch_size, num_workers=workers, collate_fn=partial(_collate, bool(data.classes))
         )
 
+    for path, suffixes in ((save, None), (plot, (".png", ".svg", ".pdf"))):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{path}: there is no folder {path.parent}.")
+        if path is not None and suffixes and path.suffix not in suffixes:
+            raise InputError(f"{path}: a picture ends in {', '.join(suffixes)}.")
+    folders = dict(map(_named_folder, ood_folders))
+    if len(folders) < len(ood_folders):
+        raise InputError(
+            f"the OOD folders need different names, got {', '.join(ood_folders)}: give them as "
+            "name=folder."
+        )
     network = _model(model)
     if device is not None:
-        network = network.to(device)
-    names = detector or [
-        name for name in DETECTORS if reference is not None or not make(name).needs_fit
+        try:
+            network = network.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"--device {device}: {error}") from error
+    names = [_with_options(text) for text in detector or ()] or [
+        make(name) for name in DETECTORS if reference is not None or not make(name).needs_fit
     ]
     report = compare(
         network,
         names,
         id=images(id_folder),
-        ood={name: images(folder) for name, folder in map(_named_folder, ood_folders)},
+        ood={name: images(folder) for name, folder in folders.items()},
         reference=None if reference is None else images(reference),
         head=head,
         precision=precision.value,
@@ -282,10 +299,34 @@ def _named_folder(text: str) -> tuple[str, Path]:
     return (name, Path(folder)) if separator else (Path(text).name, Path(text))
 
 
-def _unlabelled(items: Iterable[tuple[Tensor, int]]) -> Tensor:
+def _with_options(text: str) -> Detector:
+    """A detector from ``name`` or ``name:option=value,option=value``; values as in JSON."""
+    from grood_fast.detectors import detector as make
+
+    name, _, settings = text.partition(":")
+    options = {}
+    for setting in filter(None, settings.split(",")):
+        key, separator, value = setting.partition("=")
+        if not separator:
+            raise InputError(f"--detector {text}: expected option=value, got {setting!r}.")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return make(name, **options)
+
+
+def _collate(labelled: bool, items: Sequence[tuple[Tensor, int]]) -> Any:
     import torch
 
-    return torch.stack([image for image, _ in items])
+    sizes = {tuple(image.shape[1:]) for image, _ in items}
+    if len(sizes) > 1:
+        raise InputError(
+            f"the images have different sizes ({', '.join(map(str, sorted(sizes)[:3]))}): give "
+            "--resize and --crop."
+        )
+    images = torch.stack([image for image, _ in items])
+    return (images, torch.tensor([label for _, label in items])) if labelled else images
 
 
 def _model(text: str) -> nn.Module:
@@ -295,14 +336,13 @@ def _model(text: str) -> nn.Module:
     module_name, _, function_name = text.partition(":")
     if not module_name or not function_name:
         raise InputError(f"the model is given as module:function, got {text!r}.")
-    sys.path.insert(0, "")
+    if "" not in sys.path:  # and stays: the function may import more from there
+        sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
         made = getattr(module, function_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         raise InputError(f"cannot import {text}: {error}.") from error
-    finally:
-        sys.path.remove("")
     model = made if isinstance(made, nn.Module) else made()
     if not isinstance(model, nn.Module):
         raise InputError(f"{text} returned {type(model).__name__}, expected a torch.nn.Module.")

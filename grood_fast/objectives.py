@@ -64,8 +64,8 @@ class Objective:
         if self.name not in ops.OBJECTIVES:
             known = ", ".join(ops.OBJECTIVES)
             raise InputError(f"unknown objective {self.name!r}; known: {known}")
-        if not self.temperature > 0:
-            raise InputError(f"temperature must be positive, got {self.temperature}")
+        if not 1e-30 < self.temperature < 1e30:
+            raise InputError(f"temperature must be positive and finite, got {self.temperature}")
         if self.temperature != 1 and self.name in ("confounding", "max_logit", "logit_sum"):
             raise InputError(f"the objective {self.name!r} has no temperature")
         if self.target is not None:

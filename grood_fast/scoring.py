@@ -11,7 +11,7 @@ from torch import nn
 from grood_fast.batches import order_warning
 from grood_fast.classifier import Classifier, Precision
 from grood_fast.detectors import Detector, by_unique_name, fit_together, score_together
-from grood_fast.errors import InputError, NotFittedError
+from grood_fast.errors import InputError
 from grood_fast.results import Scores, ScoreTable
 from grood_fast.scores import Score
 
@@ -58,7 +58,8 @@ def score(
 
     Args:
         model: a trained classifier, which comes back as it was. Its output may be the logits
-            (B, C), a tuple, a mapping or an object with ``.logits``.
+            (B, C), a tuple (its first matrix counts), a mapping or an object with ``.logits``.
+            Ambient autocast is off during the pass. Threads that score one model take turns.
         loader: yields batches ``x``, ``(x, y)``, ``(x, y, ...)``, ``{"data": x, "label": y}`` or
             the model's keyword arguments, in the order the scores shall have.
         detector: a registry name (``grood_fast.DETECTORS``), a score such as ``KNN(k=10)``, a
@@ -66,7 +67,9 @@ def score(
         reference: in-distribution samples for the detectors that are not fitted yet; one more
             pass for all of them together.
         head: name of the last linear layer, found by itself if None.
-        precision: ``"bf16"`` runs a bfloat16 copy of the backbone, the head staying in float32.
+        precision: ``"bf16"`` runs a bfloat16 copy of the backbone, the head and the layer that is
+            given the inputs staying in float32. Default: what fitted detectors were fitted in, else
+            the model's own.
         progress: show a progress bar if it takes more than a few seconds.
 
     Returns:
@@ -80,18 +83,11 @@ def score(
         HeadNotFoundError: a detector needs features and the model has no linear head.
     """
     order_warning(loader)
-    detectors, several = _named(detector)
-    classifier = Classifier(model, head, precision)
-    for known in detectors.values():
-        known.require_model(classifier)
-    missing = {name: known for name, known in detectors.items() if not known.is_fitted}
-    if missing and reference is None:
-        raise NotFittedError(
-            f"{', '.join(missing)} must see in-distribution data first: pass reference= to "
-            "score(), such as the training loader, or fitted detectors."
-        )
+    detectors, several = named(detector)
+    classifier = Classifier(model, head, precision or fitted_precision(detectors.values()))
+    missing = unfitted(classifier, detectors.values())
     if reference is not None:
-        fit_together(classifier, list(missing.values()), reference, progress=progress)
+        fit_together(classifier, missing, reference, progress=progress)
     table = score_together(classifier, detectors, loader, progress=progress)
     return table if several else next(iter(table.values()))
 
@@ -143,11 +139,9 @@ def fit(
         InputError: an empty loader, a batch that does not fit, NaN or Inf among the features.
         HeadNotFoundError: a detector needs features and the model has no linear head.
     """
-    detectors, several = _named(detector)
+    detectors, several = named(detector)
     classifier = Classifier(model, head, precision)
     fit_together(classifier, list(detectors.values()), reference, progress=progress)
-    for fitted in detectors.values():
-        fitted.bind(model, head, precision)
     return detectors if several else next(iter(detectors.values()))
 
 
@@ -155,6 +149,7 @@ def load(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,
     *,
+    head: str | None = None,
     precision: Precision | None = None,
 ) -> Detector:
     """Read a detector that :meth:`Detector.save` has written, and bind it to its model.
@@ -164,16 +159,52 @@ def load(
     Args:
         path: the file.
         model: the classifier it was fitted for; None leaves it unbound.
+        head: the head's name, where it is another than when it was fitted.
         precision: as when it was fitted, unless told.
 
     Raises:
         PersistenceError: the file is missing, damaged, foreign, of another version, or was fitted
             for another model.
     """
-    return Detector.load(path, model, precision=precision)
+    return Detector.load(path, model, head=head, precision=precision)
 
 
-def _named(detector: Spec | Sequence[Spec]) -> tuple[dict[str, Detector], bool]:
+def fitted_precision(detectors: Iterable[Detector]) -> Precision | None:
+    """The precision that fitted or calibrated detectors ask for; None where none does.
+
+    Raises:
+        InputError: they ask for different ones.
+    """
+    wanted: dict[Precision, str] = {}
+    for known in detectors:
+        if "precision" in known.card:
+            wanted.setdefault(known.card["precision"], known.name)
+    if len(wanted) > 1:
+        raise InputError(
+            f"these detectors were fitted in different precisions ({wanted}) and cannot share a "
+            "pass: fit them again in one."
+        )
+    return next(iter(wanted), None)
+
+
+def unfitted(classifier: Classifier, detectors: Iterable[Detector]) -> list[Detector]:
+    """Those that are not fitted, after checking that the others were fitted for this model.
+
+    Raises:
+        InputError: a detector was fitted for another model or precision.
+    """
+    known = list(detectors)
+    for detector in known:
+        detector.require_model(classifier)
+    return [detector for detector in known if not detector.is_fitted]
+
+
+def named(detector: Spec | Sequence[Spec]) -> tuple[dict[str, Detector], bool]:
+    """Detectors by unique name, and whether a sequence of them was given.
+
+    Raises:
+        InputError: an empty sequence, or something that names no detector.
+    """
     if isinstance(detector, str) or not isinstance(detector, Iterable):
         return by_unique_name([detector]), False
     named = by_unique_name(detector)

@@ -27,8 +27,8 @@ CLASS_SCATTER_BUDGET = 4 << 30
 def keeps_state(method: Method) -> Method:
     """Run a method without autograd and outside inference mode.
 
-    A pass over the data runs in inference mode; what a statistic keeps outlives that pass, and an
-    inference tensor could not be updated in place after it.
+    What a statistic keeps outlives the pass; where a user runs that in inference mode, an inference
+    tensor could not be updated in place after it.
     """
     return torch.inference_mode(mode=False)(torch.no_grad()(method))
 

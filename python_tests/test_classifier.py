@@ -6,6 +6,7 @@ import gc
 import hashlib
 import logging
 import random
+import threading
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from torch.nn.utils import parametrizations, parametrize
 from grood_fast import classifier as module_under_test
 from grood_fast.batches import parse_batch, preview
 from grood_fast.classifier import Classifier
-from grood_fast.errors import HeadNotFoundError, InputError
+from grood_fast.errors import HeadNotFoundError, InputError, ScoreWarning
 
 B, C, D = 5, 4, 6
 IMAGES = torch.randn(B, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -609,6 +610,68 @@ def test_bf16_without_a_head_and_with_token_ids() -> None:
     assert features is None
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, model(ids), rtol=0.05, atol=0.05)
+
+
+def test_threads_take_turns_with_a_model() -> None:
+    model = Net(nn.Sequential(nn.Dropout(0.5), nn.Linear(D, C))).train()
+    classifiers = [Classifier(model), Classifier(model)]
+    with classifiers[0].session(features=False):
+        expected, _ = classifiers[0].forward(parse_batch(IMAGES))
+    wrong: list[str] = []
+
+    def work(classifier: Classifier) -> None:
+        for _ in range(30):
+            with classifier.session(features=True):
+                for _ in range(2):
+                    logits, _ = classifier.forward(parse_batch(IMAGES))
+                    if not torch.equal(logits, expected):
+                        wrong.append("scores")
+            classifier.fingerprint()
+
+    threads = [threading.Thread(target=work, args=(c,)) for c in (*classifiers, classifiers[0])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_ambient_autocast_changes_nothing() -> None:
+    classifier = Classifier(Net().eval())
+    with classifier.session(features=True):
+        expected = classifier.forward(parse_batch(IMAGES))
+    with torch.autocast("cpu", torch.bfloat16), classifier.session(features=True):
+        logits, features = classifier.forward(parse_batch(IMAGES))
+        assert torch.equal(logits, expected[0])
+        assert features is not None
+        assert torch.equal(features, expected[1])
+        assert (features @ features.T).dtype == torch.float32
+
+
+def test_a_fingerprint_is_of_the_weights_as_they_are() -> None:
+    model = Net()
+    classifier = found(model)
+    before = classifier.fingerprint()
+    assert classifier.fingerprint() == before
+    model.head.weight.data[0, 0] += 1
+    changed = classifier.fingerprint()
+    assert changed != before
+    model.head.weight.data[0, 0] -= 1
+    model.head.weight.data.copy_(model.head.weight.data.flip(0))
+    assert classifier.fingerprint() not in (before, changed)
+
+
+def test_several_matrices_are_warned_about() -> None:
+    model = Net(after=lambda logits: (logits, torch.zeros(len(logits), 9)))
+    classifier = Classifier(model)
+    with (
+        classifier.session(features=False),
+        pytest.warns(ScoreWarning, match="the first is taken"),
+    ):
+        logits, _ = classifier.forward(parse_batch(IMAGES))
+    assert logits.shape == (B, C)
 
 
 def test_bf16_keeps_what_is_given_the_inputs_in_fp32() -> None:

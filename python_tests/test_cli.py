@@ -27,6 +27,10 @@ def classifier():
 
 def nothing():
     return "text"
+
+def sibling():
+    import own_sibling
+    return classifier()
 """
 
 
@@ -36,6 +40,10 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "own_model", raising=False)
     (tmp_path / "own_model.py").write_text(MODEL)
+    (tmp_path / "own_sibling.py").write_text("")
+    (tmp_path / "mixed").mkdir()
+    for side in (5, 6):
+        Image.new("RGB", (side, side)).save(tmp_path / "mixed" / f"{side}.png")
     random = np.random.RandomState(0)
     for folder, count, top in (
         ("id/cat", 6, 100),
@@ -52,6 +60,7 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+EVALUATE = ["own_model:classifier", "--id", "id", "--ood", "noise"]
 PREPARED = ["--resize", "8", "--crop", "8", "--mean", "0.5", "--std", "0.25,0.25,0.25"]
 
 
@@ -88,6 +97,15 @@ def test_evaluate_own_model_and_folders(workplace):
     assert (workplace / "picture.png").stat().st_size > 5000
 
 
+def test_detectors_with_options_and_a_model_that_imports_its_neighbour(workplace):
+    result = run(
+        "evaluate", "own_model:sibling", "--id", "id", "--ood", "noise", *PREPARED, "--json",
+        "--reference", "train", "--detector", "knn:k=3,metric=euclidean", "--detector", "energy",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert {r["detector"] for r in json.loads(result.stdout)["results"]} == {"knn", "energy"}
+
+
 def test_evaluate_fits_on_a_reference_with_and_without_classes(workplace):
     options = ["--id", "id", "--ood", "noise", *PREPARED, "--detector", "mahalanobis", "--json"]
     labelled = run("evaluate", "own_model:classifier", *options, "--reference", "train")
@@ -113,6 +131,13 @@ def test_evaluate_fits_on_a_reference_with_and_without_classes(workplace):
         (["own_model:classifier", "--id", "absent", "--ood", "noise"], "absent is not a folder"),
         (["own_model:classifier", "--id", "id", "--ood", "noise", "--mean", "x"], "--mean takes"),
         (["own_model:classifier", "--id", "id", "--ood", "noise", "--detector", "magic"], "magic"),
+        ([*EVALUATE, "--detector", "knn:k"], "expected option=value"),
+        ([*EVALUATE, "--ood", "other/noise"], "different names"),
+        ([*EVALUATE, "--device", "no_such_device"], "--device no_such_device"),
+        ([*EVALUATE, "--save", "absent/report.json"], "there is no folder absent"),
+        ([*EVALUATE, "--plot", "picture.xyz"], "a picture ends in"),
+        ([*EVALUATE, "--id", "mixed"], "--resize and --crop"),
+        ([".own_model:classifier", "--id", "id", "--ood", "noise"], "cannot import"),
     ],
 )
 def test_errors_are_one_sentence_and_status_1(workplace, monkeypatch, capsys, arguments, said):

@@ -111,7 +111,7 @@ def test_of() -> None:
     ("arguments", "message"),
     [
         ({"name": "entropy"}, "unknown objective 'entropy'; known: energy, uniform"),
-        ({"name": "energy", "temperature": 0.0}, "positive, got 0.0"),
+        ({"name": "energy", "temperature": 0.0}, "positive and finite, got 0.0"),
         ({"name": "energy", "temperature": -1.0}, "positive"),
         ({"name": "energy", "temperature": float("nan")}, "positive"),
         ({"name": "max_logit", "temperature": 2.0}, "has no temperature"),

@@ -23,6 +23,7 @@ from grood_fast.errors import (
     InputError,
     LoaderWarning,
     NotFittedError,
+    PersistenceError,
     ScoreWarning,
 )
 from grood_fast.results import Scores, ScoreTable
@@ -244,7 +245,7 @@ def test_other_specs_are_refused_before_the_loader_is_read(spec: Any, message: s
 
 def test_what_needs_a_reference_says_so_before_the_loader_is_read() -> None:
     model, loader = toys.Net(), toys.Counting(TEST)
-    with pytest.raises(NotFittedError, match=r"^knn, vim must see in-distribution data first"):
+    with pytest.raises(NotFittedError, match=r"^knn, vim has not seen reference data yet"):
         score(model, loader, ["energy", "knn", "vim"])
     assert loader.iterations == model.forwards == 0
 
@@ -521,8 +522,15 @@ def test_bf16_is_remembered_with_the_fit(tmp_path: Path) -> None:
     fitted.save(tmp_path / "knn")
     again = load(tmp_path / "knn", model).score(TEST)
     assert torch.equal(plain(again), plain(scores))
-    exact = load(tmp_path / "knn", model, precision="fp32").score(TEST)
-    assert not torch.equal(plain(exact), plain(scores))
+    assert torch.equal(plain(score(model, TEST, fitted)), plain(scores))
+    with pytest.raises(PersistenceError, match="fitted or calibrated with precision='bf16'"):
+        load(tmp_path / "knn", model, precision="fp32")
+    with pytest.raises(InputError, match="not 'fp32'"):
+        score(model, TEST, fitted, precision="fp32")
+    exact = fit(model, REFERENCE, "knn")
+    assert not torch.equal(plain(exact.score(TEST)), plain(scores))
+    with pytest.raises(InputError, match="different precisions"):
+        score(model, TEST, [exact, fitted])
 
 
 def assert_close_in_spread(table: ScoreTable, expected: ScoreTable, tolerance: float) -> None:

@@ -49,9 +49,19 @@ struct RowNormArguments {
   void* factor;        // [rows], multiplied in place by the row's norm
 };
 
+struct HadamardArguments {
+  void* values;         // Real [count], multiplied in place by (factors + shift)
+  const void* factors;  // Real [count]
+  double shift;
+  DType dtype;  // float32 or float64
+};
+
 std::size_t logit_gradient_scratch_bytes(std::int64_t classes);
 void logit_gradient(const LogitGradientArguments& arguments, std::int64_t begin, std::int64_t end);
 void multiply_row_norm(const RowNormArguments& arguments, std::int64_t begin, std::int64_t end);
+
+// Here [begin, end) counts elements.
+void hadamard(const HadamardArguments& arguments, std::int64_t begin, std::int64_t end);
 
 // Rows a thread should at least get: under about 20 microseconds of work, waking one costs more.
 std::int64_t rows_per_task(std::int64_t classes, std::int64_t columns);

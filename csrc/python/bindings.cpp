@@ -86,7 +86,10 @@ LogitGradientArguments arguments_of(
 }
 
 std::optional<Matrix> matrix_or_none(const std::optional<py::array>& array, const char* what) {
-  return array.has_value() ? std::optional<Matrix>(Matrix(*array, what)) : std::nullopt;
+  if (!array.has_value()) return std::nullopt;
+  // One row may be given without its first dimension.
+  if (array->ndim() == 1) return Matrix(py::array(*array).reshape({1, -1}), what);
+  return Matrix(*array, what);
 }
 
 py::dict logit_gradient_numpy(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from grood_fast import persistence
-from grood_fast.batches import order_warning
+from grood_fast.batches import is_batch, order_warning
 from grood_fast.classifier import Classifier, Precision
 from grood_fast.detectors.calibration import Calibration, SampleSketch, check_recall
 from grood_fast.errors import (
@@ -107,7 +107,16 @@ class Detector:
         )
 
     def __call__(self, signals: Signals) -> Tensor:
-        """Scores of one batch's signals, (B,) on their device; higher = more OOD."""
+        """Scores of one batch's signals, (B,) on their device; higher = more OOD.
+
+        Raises:
+            InputError: for anything but signals.
+        """
+        if not isinstance(signals, Signals):
+            raise InputError(
+                f"a detector is called with the signals of a pass, got {type(signals).__name__}: "
+                "for inputs there are score(loader), predict(batch) and p_values(batch)."
+            )
         return self.score_function(self.representation(signals))
 
     # --- what a user does with it -------------------------------------------------------------
@@ -157,7 +166,6 @@ class Detector:
         """
         classifier = Classifier(model, head, precision)
         fit_together(classifier, [self], reference, progress=progress)
-        self._classifier = classifier  # also where nothing had to be fitted
         return self
 
     def score(self, loader: Iterable[Any], *, progress: bool = True) -> Scores:
@@ -168,7 +176,9 @@ class Detector:
             InputError: an empty loader, or batches that do not fit.
         """
         order_warning(loader)
-        table = score_together(self._bound(), {self.name: self}, loader, progress=progress)
+        classifier = self._bound()
+        self.require_model(classifier)
+        table = score_together(classifier, {self.name: self}, loader, progress=progress)
         return table[self.name]
 
     def calibrate(
@@ -198,6 +208,7 @@ class Detector:
             self.calibration = Calibration.of(self._scores_of(loader), id_recall)
             return self
         classifier = self._bound()
+        self.require_model(classifier)
         self.require_fitted()
         self.to(classifier.device)
         scores = Column(torch.float32, classifier.device)
@@ -225,8 +236,9 @@ class Detector:
         """(B,) bool on the CPU: True where the score is above the threshold, or NaN.
 
         Args:
-            samples: one batch as a loader yields it (tensor, tuple, list or mapping), a loader, or
-                :class:`Scores` of this detector.
+            samples: one batch as a loader yields it (a tensor, a mapping, or a tuple or list
+                ``(x, y, ...)`` with labels), a loader or list of batches, or :class:`Scores` of
+                this detector.
 
         Raises:
             NotFittedError: not calibrated, not fitted, or not bound to a model.
@@ -285,6 +297,7 @@ class Detector:
         path: str | os.PathLike[str],
         model: nn.Module | None = None,
         *,
+        head: str | None = None,
         precision: Precision | None = None,
     ) -> Detector:
         """Read what :meth:`save` has written, and bind it to the model.
@@ -292,6 +305,8 @@ class Detector:
         Args:
             path: the file.
             model: the classifier it was fitted for; None leaves it unbound.
+            head: the head's name, where it is another than when it was fitted (a model that was
+                wrapped since).
             precision: as when it was fitted, unless told.
 
         Raises:
@@ -322,8 +337,10 @@ class Detector:
             ) from error
         if model is not None:
             try:
-                head = detector.card.get("head")
-                detector.bind(model, head or None, precision or detector.card.get("precision"))
+                if head is not None and detector.card:
+                    detector.card["head"] = head
+                known = detector.card.get("head") or None
+                detector.bind(model, known, precision or detector.card.get("precision"))
             except (InputError, HeadNotFoundError) as error:
                 raise PersistenceError(
                     f"{os.fspath(path)} does not fit the model: {error}"
@@ -339,7 +356,13 @@ class Detector:
     # --- what a pass asks of it ---------------------------------------------------------------
 
     def require_model(self, classifier: Classifier) -> None:
-        """Raises InputError where the detector was fitted or calibrated for another model."""
+        """Raises InputError where the detector was fitted or calibrated for another model, or in
+        another precision."""
+        if self.card.get("precision", classifier.precision) != classifier.precision:
+            raise InputError(
+                f"{self.name} was fitted or calibrated with precision={self.card['precision']!r}, "
+                f"not {classifier.precision!r}: its scores would not be comparable."
+            )
         expected = self.card.get("fingerprint")
         if expected is None:
             return
@@ -384,7 +407,7 @@ class Detector:
             if samples.detector != self.name:
                 raise InputError(f"these are scores of {samples.detector}, not of {self.name}.")
             return samples.as_subclass(Tensor)
-        one_batch = isinstance(samples, (Tensor, tuple, list, Mapping))
+        one_batch = is_batch(samples)
         loader = [samples] if one_batch else samples
         return self.score(loader, progress=not one_batch).as_subclass(Tensor)
 
@@ -401,13 +424,14 @@ class Fitting:
         self.score = detector.score_function.fresh()
         self.score.begin(classifier)
         self._sketch = SampleSketch()
-        self._pseudo_labels = False
+        self._pseudo_labels = 0
 
     def absorb(self, signals: Signals) -> None:
         """Take in one batch."""
         labels = signals.labels
         if labels is None and self.score.needs_labels:
-            labels, self._pseudo_labels = signals.predictions, True
+            labels = signals.predictions
+            self._pseudo_labels += len(labels)
         z = self.detector.representation(signals)
         self.score.absorb(z, labels, signals.indices)
         self._sketch.absorb(signals.batch.fingerprints())
@@ -417,16 +441,18 @@ class Fitting:
         """Add what the same detector's fitting on another shard has absorbed."""
         self.score.merge(other.score)
         self._sketch.merge(other._sketch)
-        self._pseudo_labels |= other._pseudo_labels
+        self._pseudo_labels += other._pseudo_labels
         self.count += other.count
 
     def finish(self) -> None:
         """Turn what was absorbed into what scoring needs."""
         self.score.finish()
         if self._pseudo_labels:
+            some = f" for {self._pseudo_labels} of {self.count} samples"
             warnings.warn(
-                f"the reference has no labels: {self.detector.name} takes the classes the model "
-                "predicts instead. Let the loader yield (x, y) for the true ones.",
+                f"the reference has no labels{some if self._pseudo_labels < self.count else ''}: "
+                f"{self.detector.name} takes the classes the model predicts instead. Let the "
+                "loader yield (x, y) for the true ones.",
                 FitWarning,
                 stacklevel=4,
             )
@@ -440,7 +466,7 @@ class Fitting:
         self.detector.card = {
             **_model_facts(classifier),
             "reference_samples": self.count,
-            "pseudo_labels": self._pseudo_labels,
+            "pseudo_labels": bool(self._pseudo_labels),
         }
 
 
@@ -451,15 +477,20 @@ def fit_together(
     *,
     progress: bool = True,
 ) -> None:
-    """Fit any number of detectors in one pass; those that need no reference are left alone.
+    """Fit any number of detectors in one pass, and bind them; those that need no reference only
+    forget their calibration.
 
     Either all of them are fitted, or, after an error or an interruption, none is changed.
     """
     learners = [detector for detector in detectors if detector.needs_fit]
-    fittings: list[Fitting] = []
-    needs = frozenset[str]().union(*(detector.needs for detector in learners))
+    for detector in detectors:
+        if not detector.needs_fit:  # but a threshold belongs to the model it was set for
+            detector.calibration, detector.card = None, {}
+            detector._classifier = classifier
     if not learners:
         return
+    fittings: list[Fitting] = []
+    needs = frozenset[str]().union(*(detector.needs for detector in learners))
     with closing(stream(classifier, reference, needs)) as batches:
         for signals in _progress(batches, reference, "fitting", progress):
             _find_head(classifier, signals)
@@ -488,8 +519,13 @@ def score_together(
         NotFittedError: a detector has not seen reference data.
         InputError: an empty loader, or a batch that does not fit.
     """
+    missing = [name for name, detector in detectors.items() if not detector.is_fitted]
+    if missing:
+        raise NotFittedError(
+            f"{', '.join(missing)} has not seen reference data yet: call fit(model, reference) or "
+            "pass reference= (in-distribution samples, such as the training loader)."
+        )
     for detector in detectors.values():
-        detector.require_fitted()
         detector.to(classifier.device)
     needs = frozenset[str]().union(*(detector.needs for detector in detectors.values()))
     device = classifier.device

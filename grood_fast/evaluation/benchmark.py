@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
-from grood_fast.batches import Batch, order_warning, parse_batch
+from grood_fast.batches import Batch, order_warning, preview
 from grood_fast.classifier import Classifier, Precision
-from grood_fast.detectors import Detector, by_unique_name, fit_together, score_together
+from grood_fast.detectors import Detector, fit_together, score_together
 from grood_fast.environment import environment
 from grood_fast.errors import InputError
 from grood_fast.evaluation.metrics import accuracy, evaluate_scores
 from grood_fast.evaluation.report import Costs, Report, Result
 from grood_fast.results import Scores, ScoreTable
 from grood_fast.scores import Score
+from grood_fast.scoring import fitted_precision, named, unfitted
 from grood_fast.signals import Signals
 
 MEASURED_SECONDS = 2.0
@@ -33,7 +34,7 @@ Loaders = Mapping[str, Iterable[Any]]
 
 def evaluate(
     model: nn.Module,
-    detectors: Sequence[str | Score | Detector],
+    detectors: str | Score | Detector | Sequence[str | Score | Detector],
     *,
     id: Iterable[Any],
     ood: Loaders | Mapping[str, Loaders],
@@ -63,33 +64,35 @@ def evaluate(
     Raises:
         InputError, NotFittedError, HeadNotFoundError: as :func:`grood_fast.score`.
     """
-    classifier = Classifier(model, head, precision)
-    named = by_unique_name(detectors)
+    found, _ = named(detectors)
+    if not isinstance(ood, Mapping) or not ood:
+        raise InputError(
+            "ood maps names to loaders, {'mnist': loader}, or groups to such mappings, and is not "
+            f"empty; got {type(ood).__name__}."
+        )
     sets = dict(_flat(ood))
-    if not named or not sets:
-        raise InputError("evaluate() needs at least one detector and one OOD set.")
+    classifier = Classifier(model, head, precision or fitted_precision(found.values()))
     names = [dataset for _, dataset in sets]
     if len(set(names)) < len(names):
         raise InputError(f"OOD sets need different names, also across groups; got {names}.")
     for loader in (id, *sets.values()):
         order_warning(loader)
-    for detector in named.values():
-        detector.require_model(classifier)
-    unfitted = [detector for detector in named.values() if not detector.is_fitted]
-    if unfitted and reference is not None:
-        fit_together(classifier, unfitted, reference, progress=progress)
-
-    first = _KeepsFirst(id)
-    id_scores = score_together(classifier, named, first, progress=progress)
-    costs = measure_costs(classifier, named, parse_batch(first.item))
-    bar = tqdm(sets.items(), desc="evaluating", unit="set", disable=not progress, leave=False)
+    missing = unfitted(classifier, found.values())
+    if reference is not None:
+        fit_together(classifier, missing, reference, progress=progress)
+    first, batches = preview(id)
+    id_scores = score_together(classifier, found, batches, progress=progress)
+    costs = measure_costs(classifier, found, first)
+    bar = tqdm(
+        sets.items(), desc="evaluating", unit="set", delay=2, disable=not progress, leave=False
+    )
     ood_scores: dict[str, ScoreTable] = {}
     results = []
     for (group, dataset), loader in bar:
         bar.set_postfix_str(dataset)
-        table = score_together(classifier, named, loader, progress=False)
+        table = score_together(classifier, found, loader, progress=False)
         ood_scores[dataset] = table
-        for name in named:
+        for name in found:
             metrics = evaluate_scores(
                 orderable_scores(id_scores[name]),
                 orderable_scores(table[name]),
@@ -151,23 +154,6 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-class _KeepsFirst:
-    """A loader that remembers the first batch it yielded."""
-
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = loader
-        self.item: Any = None
-
-    def __iter__(self) -> Iterator[Any]:
-        for number, item in enumerate(self.loader):
-            if number == 0:
-                self.item = item
-            yield item
-
-    def __len__(self) -> int:
-        return len(self.loader)  # type: ignore[arg-type]
 
 
 def _flat(ood: Loaders | Mapping[str, Loaders]) -> Iterator[tuple[tuple[str, str], Iterable[Any]]]:

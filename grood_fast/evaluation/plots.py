@@ -50,7 +50,8 @@ def plot_report(
         }
         # Few extreme samples shall not press all others into one bin.
         everything = np.concatenate([inside, *sets.values()])
-        low, high = np.quantile(everything[np.isfinite(everything)], [0.005, 0.995])
+        finite = everything[np.isfinite(everything)]
+        low, high = np.quantile(finite, [0.005, 0.995]) if len(finite) else (0.0, 1.0)
         edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
         _draw(histogram, inside, edges, label="in-distribution", color="black", linewidth=1.6)
         for dataset, scores in sets.items():

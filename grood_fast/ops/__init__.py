@@ -18,6 +18,7 @@ __all__ = [
     "OBJECTIVES",
     "OUTPUTS",
     "LogitGradient",
+    "dual_project",
     "head_gradient_norm",
     "logit_gradient",
     "reference",
@@ -144,6 +145,41 @@ def head_gradient_norm(
     return result
 
 
+def dual_project(
+    delta: Tensor,
+    features: Tensor,
+    anchor_delta: Tensor,
+    anchor_features: Tensor,
+    coefficients: Tensor,
+    *,
+    bias: bool = False,
+) -> Tensor:
+    """Coordinates of rank-one gradients δhᵀ in a subspace that other such gradients span.
+
+    With the inner products k(x) = (Δδ) ∘ (Hh) of a sample with the N anchors, z = Aᵀ k(x). Computed
+    tile by tile: memory does not grow with N.
+
+    Args:
+        delta: (B, C) floating point, δ.
+        features: (B, D) floating point, h.
+        anchor_delta: (N, C) floating point, Δ.
+        anchor_features: (N, D) floating point, H.
+        coefficients: (N, K) float32 or float64, A; everything is computed in this precision, so
+            that half-precision operands cost no more than their own rounding.
+        bias: whether the bias' gradient δ counts too: then every product of features gains 1.
+
+    Returns:
+        (B, K), of the coefficients' dtype.
+
+    Raises:
+        RuntimeError: wrong shapes or dtypes.
+    """
+    result: Tensor = _ops.dual_project(
+        delta, features, anchor_delta, anchor_features, coefficients, float(bias)
+    )
+    return result
+
+
 def simd_level() -> str:
     """The instruction set the kernels run with: ``"baseline"``, ``"avx2"`` or ``"avx512"``."""
     level: str = _ops.simd_level()
@@ -196,6 +232,18 @@ def _(
     bias: bool,
 ) -> Tensor:
     return logits.new_empty((logits.shape[0],), dtype=_real(logits))
+
+
+@torch.library.register_fake("grood_fast::dual_project")  # type: ignore[untyped-decorator]
+def _(
+    delta: Tensor,
+    features: Tensor,
+    anchor_delta: Tensor,
+    anchor_features: Tensor,
+    coefficients: Tensor,
+    bias: float,
+) -> Tensor:
+    return coefficients.new_empty((delta.shape[0], coefficients.shape[1]))
 
 
 # --- any device without a compiled kernel of its own: the plain-PyTorch twin ----------------------
@@ -266,7 +314,28 @@ def _head_gradient_norm_elsewhere(
     )
 
 
+def _dual_project_elsewhere(
+    delta: Tensor,
+    features: Tensor,
+    anchor_delta: Tensor,
+    anchor_features: Tensor,
+    coefficients: Tensor,
+    bias: float,
+) -> Tensor:
+    operands = (delta, features, anchor_delta, anchor_features, coefficients)
+    if any(operand.ndim != 2 or not operand.is_floating_point() for operand in operands):
+        raise RuntimeError("dual_project takes floating point matrices")
+    if coefficients.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError("coefficients must be float32 or float64")
+    sizes = {len(anchor_delta), len(anchor_features), len(coefficients)}
+    if len(delta) != len(features) or len(sizes) != 1:
+        raise RuntimeError("delta and features, and the anchors' parts, must have as many rows")
+    d, h, anchors_d, anchors_h, a = (operand.to(coefficients.dtype) for operand in operands)
+    return reference.dual_project(d, h, anchors_d, anchors_h, a, bias)
+
+
 for _name, _twin in (
+    ("dual_project", _dual_project_elsewhere),
     ("logit_gradient", _logit_gradient_elsewhere),
     ("head_gradient_norm", _head_gradient_norm_elsewhere),
 ):
@@ -356,4 +425,33 @@ torch.library.register_autograd(
     "grood_fast::head_gradient_norm",
     _head_gradient_norm_backward,
     setup_context=_save_head_gradient_norm,
+)
+
+
+def _save_dual_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.bias = inputs[5]
+
+
+def _dual_project_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    delta, features, anchor_delta, anchor_features, coefficients = (
+        tensor.to(grad.dtype) for tensor in saved
+    )
+    left = delta @ anchor_delta.T
+    right = features @ anchor_features.T + ctx.bias
+    through = grad @ coefficients.T
+    grads = (
+        (through * right) @ anchor_delta,
+        (through * left) @ anchor_features,
+        (through * right).T @ delta,
+        (through * left).T @ features,
+        (left * right).T @ grad,
+    )
+    kept = (g.to(s.dtype) for g, s in zip(grads, saved, strict=True))
+    return (*kept, None)
+
+
+torch.library.register_autograd(
+    "grood_fast::dual_project", _dual_project_backward, setup_context=_save_dual_project
 )

@@ -43,6 +43,18 @@ def logit_gradient(
     raise ValueError(f"unknown objective {objective!r}")
 
 
+def dual_project(
+    delta: Tensor,
+    features: Tensor,
+    anchor_delta: Tensor,
+    anchor_features: Tensor,
+    coefficients: Tensor,
+    bias: float = 0.0,
+) -> Tensor:
+    """((δΔᵀ) ∘ (hHᵀ + bias)) A of (B, C), (B, D), (N, C), (N, D), (N, K): (B, K)."""
+    return ((delta @ anchor_delta.T) * (features @ anchor_features.T + bias)) @ coefficients
+
+
 def row_norm(rows: Tensor, norm: str) -> Tensor:
     """The L1, L2 or L∞ norm of each row of (B, N): (B,)."""
     if rows.shape[1] == 0:

@@ -17,8 +17,8 @@ class _LogitScore(Score):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise InputError(f"temperature must be positive, got {temperature}")
+        if not 1e-30 < temperature < 1e30:
+            raise InputError(f"temperature must be positive and finite, got {temperature}")
         self.temperature = temperature
 
     def config(self) -> dict[str, Any]:

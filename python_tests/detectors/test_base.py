@@ -697,3 +697,58 @@ def test_scoring_with_a_reference_binds_what_it_fitted() -> None:
         detector.score(toys.batches(20), progress=False).as_subclass(Tensor),
         table["knn"].as_subclass(Tensor),
     )
+
+
+def test_a_list_of_batches_is_not_taken_for_one_batch() -> None:
+    detector = Detector(Energy()).bind(toys.Net()).calibrate(HELD_OUT)
+    x = toys.samples(30, 5)
+    expected = detector.predict(x)
+    labels = torch.zeros(30, dtype=torch.int64)
+    for same in ([x], (x,), [x, labels], (x, labels), {"data": x, "label": labels}):
+        assert torch.equal(detector.predict(same), expected)
+    for batches in (
+        [x[:10], x[10:]],
+        (x[:15], x[15:]),
+        [(x[:10], labels[:10]), (x[10:], labels[10:])],
+        iter([x[:10], x[10:]]),
+    ):
+        assert torch.equal(detector.predict(batches), expected)
+
+
+def test_another_model_voids_the_threshold() -> None:
+    detector = Detector(Energy()).bind(toys.Net()).calibrate(HELD_OUT)
+    other = toys.Net(seed=1)
+    detector.fit(other, TEST)
+    with pytest.raises(NotFittedError, match="threshold"):
+        detector.predict(TEST)
+    detector.calibrate(HELD_OUT)
+    assert detector.card["fingerprint"] == detector.bind(other)._bound().fingerprint("head")
+
+
+def test_weights_that_change_after_binding_are_noticed() -> None:
+    model = toys.Net()
+    detector = Detector(KNN(k=3)).fit(model, TEST)
+    detector.score(TEST)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    for use in (detector.score, detector.calibrate):
+        with pytest.raises(InputError, match="weights of the head 'head' differ"):
+            use(TEST)
+
+
+def test_a_wrapped_model_is_loaded_by_the_heads_new_name(tmp_path: Path) -> None:
+    model = toys.Net()
+    detector = Detector(KNN(k=3)).fit(model, TEST)
+    detector.save(tmp_path / "knn")
+    wrapped = torch.nn.Sequential(model)
+    with pytest.raises(PersistenceError, match="head"):
+        Detector.load(tmp_path / "knn", wrapped)
+    again = Detector.load(tmp_path / "knn", wrapped, head="0.head")
+    assert torch.equal(
+        again.score(TEST).as_subclass(Tensor), detector.score(TEST).as_subclass(Tensor)
+    )
+
+
+def test_calling_a_detector_with_inputs_says_what_to_call() -> None:
+    with pytest.raises(InputError, match="predict"):
+        Detector(Energy())(toys.samples(3))  # type: ignore[arg-type]

@@ -134,12 +134,16 @@ def test_a_sample_without_a_score_counts_as_ood(model):
 
 def test_what_cannot_be_evaluated(model):
     sets = {"b": loader(5)}
-    with pytest.raises(NotFittedError, match="KNN"):
+    with pytest.raises(NotFittedError, match="knn"):
         evaluate(model, ["knn"], id=loader(5), ood=sets, progress=False)
     with pytest.raises(InputError, match="at least one"):
         evaluate(model, [], id=loader(5), ood=sets)
-    with pytest.raises(InputError, match="at least one"):
-        evaluate(model, ["msp"], id=loader(5), ood={})
+    for nothing in ({}, loader(5), [loader(5)]):
+        with pytest.raises(InputError, match="ood maps names to loaders"):
+            evaluate(model, ["msp"], id=loader(5), ood=nothing)
+    for no_loader in (loader(5).dataset, torch.zeros(3, 6)):
+        with pytest.raises(InputError, match="Expected a loader"):
+            evaluate(model, "msp", id=no_loader, ood=sets, progress=False)
     with pytest.raises(InputError, match="different names"):
         evaluate(model, ["msp"], id=loader(5), ood={"x": sets, "y": sets})
     shuffled = DataLoader(loader(20).dataset, 4, shuffle=True)

@@ -268,3 +268,13 @@ class TestLinkage:
     def test_the_numpy_side_uses_nothing_of_torch(self) -> None:
         names = _undefined_symbols(Path(_kernels.__file__))
         assert not [name for name in names if re.search("torch|aten|c10|N2at", name)]
+
+
+def test_numpy_takes_a_target_as_the_op_does() -> None:
+    logits = np.random.RandomState(0).randn(5, 3).astype(np.float32)
+    target = np.array([1.0, 0.0, 0.5], np.float32)
+    flat = _kernels.logit_gradient(logits, "confounding", target=target)
+    row = _kernels.logit_gradient(logits, "confounding", target=target[None])
+    np.testing.assert_array_equal(flat["delta"], row["delta"])
+    expected = 1 / (1 + np.exp(-logits)) - target
+    np.testing.assert_allclose(flat["delta"], expected, rtol=1e-5, atol=1e-6)

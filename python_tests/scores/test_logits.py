@@ -195,7 +195,8 @@ def test_configuration(score: Score) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MSP(0), "temperature must be positive, got 0"),
+        (lambda: MSP(0), "temperature must be positive and finite, got 0"),
+        (lambda: MSP(float("inf")), "temperature must be positive and finite"),
         (lambda: Energy(-1), "temperature must be positive"),
         (lambda: Energy(NAN), "temperature must be positive"),
         (lambda: GEN(0), "gamma must lie in"),

@@ -86,6 +86,10 @@ void multiply_row_norm(const RowNormArguments& arguments, std::int64_t begin, st
   kernels().multiply_row_norm(arguments, begin, end);
 }
 
+void hadamard(const HadamardArguments& arguments, std::int64_t begin, std::int64_t end) {
+  kernels().hadamard(arguments, begin, end);
+}
+
 std::int64_t rows_per_task(std::int64_t classes, std::int64_t columns) {
   // An exponential costs about as much as eight absolute values.
   const std::int64_t rows = 160000 / (8 * classes + columns + 1);
