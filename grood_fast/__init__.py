@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from grood_fast.detectors import Detector as Detector
     from grood_fast.detectors import ExGrad as ExGrad
     from grood_fast.detectors import GradNorm as GradNorm
+    from grood_fast.detectors import GradPCA as GradPCA
+    from grood_fast.detectors import LowDimensionalGradient as LowDimensionalGradient
     from grood_fast.detectors import detector as detector
     from grood_fast.errors import GroodFastError as GroodFastError
     from grood_fast.evaluation import Report as Report
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from grood_fast.representations import HeadGradient as HeadGradient
     from grood_fast.representations import Logits as Logits
     from grood_fast.representations import PenultimateFeatures as PenultimateFeatures
+    from grood_fast.representations import ProjectedHeadGradient as ProjectedHeadGradient
     from grood_fast.results import Scores as Scores
     from grood_fast.results import ScoreTable as ScoreTable
     from grood_fast.scores import GEN as GEN
@@ -38,17 +41,28 @@ if TYPE_CHECKING:
     from grood_fast.scores import MaxLogit as MaxLogit
     from grood_fast.scores import RelativeMahalanobis as RelativeMahalanobis
     from grood_fast.scores import Score as Score
+    from grood_fast.scores import SubspaceResidual as SubspaceResidual
+    from grood_fast.scores import SubspaceShare as SubspaceShare
     from grood_fast.scores import ViM as ViM
     from grood_fast.scoring import fit as fit
     from grood_fast.scoring import load as load
     from grood_fast.scoring import score as score
 
 _PUBLIC = {
-    "detectors": ("DETECTORS", "Calibration", "Detector", "ExGrad", "GradNorm", "detector"),
+    "detectors": (
+        "DETECTORS",
+        "Calibration",
+        "Detector",
+        "ExGrad",
+        "GradNorm",
+        "GradPCA",
+        "LowDimensionalGradient",
+        "detector",
+    ),
     "errors": ("GroodFastError",),
     "evaluation": ("Report", "evaluate"),
     "objectives": ("Objective",),
-    "representations": ("HeadGradient", "Logits", "PenultimateFeatures"),
+    "representations": ("HeadGradient", "Logits", "PenultimateFeatures", "ProjectedHeadGradient"),
     "results": ("ScoreTable", "Scores"),
     "scores": (
         "GEN",
@@ -62,6 +76,8 @@ _PUBLIC = {
         "MaxLogit",
         "RelativeMahalanobis",
         "Score",
+        "SubspaceResidual",
+        "SubspaceShare",
         "ViM",
     ),
     "scoring": ("fit", "load", "score"),

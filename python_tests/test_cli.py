@@ -14,6 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from grood_fast import cli
+from grood_fast.detectors import DETECTORS
 
 runner = CliRunner()
 
@@ -184,6 +185,6 @@ def test_demo_from_the_cache(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert {r["group"] for r in report["results"]} == {"near", "far"}
-    assert len({r["detector"] for r in report["results"]}) == 11
+    assert len({r["detector"] for r in report["results"]}) == len(DETECTORS)
     assert (tmp_path / "out/demo/scores.png").exists()
     assert json.loads((tmp_path / "out/demo/report.json").read_text()) == report

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from grood_fast.detectors.base import Detector, Fitting, fit_together, score_together
 from grood_fast.detectors.calibration import Calibration
-from grood_fast.detectors.named import DETECTORS, ExGrad, GradNorm, by_unique_name, detector
+from grood_fast.detectors.named import (
+    DETECTORS,
+    ExGrad,
+    GradNorm,
+    GradPCA,
+    LowDimensionalGradient,
+    by_unique_name,
+    detector,
+)
 
 __all__ = [
     "DETECTORS",
@@ -13,6 +21,8 @@ __all__ = [
     "ExGrad",
     "Fitting",
     "GradNorm",
+    "GradPCA",
+    "LowDimensionalGradient",
     "by_unique_name",
     "detector",
     "fit_together",

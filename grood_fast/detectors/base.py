@@ -421,6 +421,10 @@ class Fitting:
     def __init__(self, detector: Detector, classifier: Classifier) -> None:
         self.detector = detector
         self.count = 0
+        self.representation = detector.representation
+        if self.representation.needs_fit:
+            self.representation = self.representation.fresh()
+            self.representation.begin(classifier)
         self.score = detector.score_function.fresh()
         self.score.begin(classifier)
         self._sketch = SampleSketch()
@@ -429,23 +433,34 @@ class Fitting:
     def absorb(self, signals: Signals) -> None:
         """Take in one batch."""
         labels = signals.labels
-        if labels is None and self.score.needs_labels:
+        if labels is None and (self.score.needs_labels or self.representation.needs_labels):
             labels = signals.predictions
             self._pseudo_labels += len(labels)
-        z = self.detector.representation(signals)
-        self.score.absorb(z, labels, signals.indices)
+        if self.representation.needs_fit:
+            self.representation.absorb(signals, labels, signals.indices)
+        else:
+            self.score.absorb(self.representation(signals), labels, signals.indices)
         self._sketch.absorb(signals.batch.fingerprints())
         self.count += len(signals.logits)
 
     def merge(self, other: Fitting) -> None:
         """Add what the same detector's fitting on another shard has absorbed."""
+        if self.representation.needs_fit:
+            self.representation.merge(other.representation)
         self.score.merge(other.score)
         self._sketch.merge(other._sketch)
         self._pseudo_labels += other._pseudo_labels
         self.count += other.count
 
     def finish(self) -> None:
-        """Turn what was absorbed into what scoring needs."""
+        """Turn what was absorbed into what scoring needs.
+
+        A representation that learns comes first; the score then learns from the samples it kept.
+        """
+        if self.representation.needs_fit:
+            self.representation.finish()
+            for z, labels, indices in self.representation.replay():
+                self.score.absorb(z, labels, indices)
         self.score.finish()
         if self._pseudo_labels:
             some = f" for {self._pseudo_labels} of {self.count} samples"
@@ -459,6 +474,7 @@ class Fitting:
 
     def install(self, classifier: Classifier) -> None:
         """Hand what was learned to the detector, whose calibration is void from here on."""
+        self.detector.representation = self.representation
         self.detector.score_function = self.score
         self.detector._classifier = classifier
         self.detector.calibration = None
@@ -467,6 +483,7 @@ class Fitting:
             **_model_facts(classifier),
             "reference_samples": self.count,
             "pseudo_labels": bool(self._pseudo_labels),
+            **({"representation": facts} if (facts := self.representation.facts) else {}),
         }
 
 

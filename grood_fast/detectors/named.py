@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 from grood_fast.detectors.base import Detector
 from grood_fast.errors import InputError
-from grood_fast.representations import HeadGradient
+from grood_fast.objectives import Objective
+from grood_fast.representations import HeadGradient, ProjectedHeadGradient
 from grood_fast.scores import (
     GEN,
     KNN,
@@ -25,6 +26,7 @@ from grood_fast.scores import (
     MaxLogit,
     RelativeMahalanobis,
     Score,
+    SubspaceShare,
     ViM,
 )
 
@@ -58,6 +60,65 @@ class ExGrad(Detector):
         super().__init__(ExpectedGradientNorm(), HeadGradient("predicted"), name="exgrad")
 
 
+class LowDimensionalGradient(Detector):
+    """Low-dimensional gradient (Wu et al., arXiv 2310.17163): a score on projected gradients.
+
+    The gradient of the energy with respect to the last layer, on its principal components over the
+    reference (or on the class averages), without ever being formed. The paper takes all parameters
+    of the network; this is the last layer's part of it.
+
+    Args:
+        n_components: K; the paper's 200 for CIFAR-10.
+        objective: whose gradient; the paper's ``"energy"``.
+        kind: ``"pca"``, or ``"class_averages"``, the paper's choice for ImageNet.
+        score: on the coordinates; default :class:`~grood_fast.scores.KNN` with the paper's k = 5 on
+            unit-length vectors.
+        **options: further arguments of
+            :class:`~grood_fast.representations.ProjectedHeadGradient`, such as ``whiten=True`` for
+            the paper's normalisation.
+    """
+
+    def __init__(
+        self,
+        n_components: int = 64,
+        objective: Objective | str = "energy",
+        kind: Literal["pca", "class_averages"] = "pca",
+        score: Score | None = None,
+        **options: Any,
+    ) -> None:
+        projected = ProjectedHeadGradient(
+            objective, kind=kind, n_components=n_components, **options
+        )
+        super().__init__(KNN(k=5) if score is None else score, projected, name="ldg")
+
+
+class GradPCA(Detector):
+    """GradPCA: the share of the last layer's gradient inside the span of the class means.
+
+    −‖U(g − ḡ)‖ / ‖g − ḡ‖, with U the leading principal components of the class-mean gradients.
+    With the summed logits for objective this is PCA on class-mean features, and gradients add
+    nothing; with the maximal logit it differs. Higher = more OOD.
+
+    Args:
+        objective: ``"max_logit"`` or ``"logit_sum"``.
+        kept_share: of the class means' variance, which decides the number of components.
+        bias: whether the bias' gradient counts too.
+    """
+
+    def __init__(
+        self, objective: Objective | str = "max_logit", kept_share: float = 0.99, bias: bool = False
+    ) -> None:
+        projected = ProjectedHeadGradient(
+            objective,
+            kind="class_means",
+            n_components=None,
+            kept_share=kept_share,
+            bias=bias,
+            output="norms",
+        )
+        super().__init__(SubspaceShare(), projected, name="gradpca")
+
+
 DETECTORS: dict[str, Callable[..., Score | Detector]] = {
     "msp": MSP,
     "maxlogit": MaxLogit,
@@ -70,6 +131,8 @@ DETECTORS: dict[str, Callable[..., Score | Detector]] = {
     "vim": ViM,
     "gradnorm": GradNorm,
     "exgrad": ExGrad,
+    "ldg": LowDimensionalGradient,
+    "gradpca": GradPCA,
 }
 """Registry name → what makes it; every name is also the detector's own."""
 

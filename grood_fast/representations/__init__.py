@@ -5,9 +5,11 @@ from __future__ import annotations
 from grood_fast.representations.base import Representation
 from grood_fast.representations.forward import Logits, PenultimateFeatures, WholeForward
 from grood_fast.representations.head_gradient import HeadGradient, HeadGradientFactors
+from grood_fast.representations.projected_gradient import ProjectedHeadGradient
 
 REPRESENTATIONS: dict[str, type[Representation]] = {
-    kind.name: kind for kind in (Logits, PenultimateFeatures, WholeForward, HeadGradient)
+    kind.name: kind
+    for kind in (Logits, PenultimateFeatures, WholeForward, HeadGradient, ProjectedHeadGradient)
 }
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "HeadGradientFactors",
     "Logits",
     "PenultimateFeatures",
+    "ProjectedHeadGradient",
     "Representation",
     "WholeForward",
 ]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from grood_fast.component import Component
 from grood_fast.signals import Signals
@@ -14,10 +17,20 @@ class Representation(Component):
 
     Attributes:
         needs: the signals it reads beside the logits, a subset of ``{"features"}``.
+        facts: what fitting chose and found, JSON-serialisable, for the detector's card.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.facts: dict[str, Any] = {}
+
     @abstractmethod
     def __call__(self, signals: Signals) -> Any:
         """The representation of one batch; first dimension B where it is a tensor."""
+
+    def replay(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """Of one that learns, once after ``finish``: what reference samples became, their labels
+        or predicted classes, and their indices, in blocks. The score is fitted on these."""
+        return iter(())

@@ -7,6 +7,7 @@ from grood_fast.scores.gaussian import ClassGMM, Mahalanobis, RelativeMahalanobi
 from grood_fast.scores.gradient import ExpectedGradientNorm, GradientNorm
 from grood_fast.scores.knn import KNN
 from grood_fast.scores.logits import GEN, MSP, Energy, MaxLogit
+from grood_fast.scores.subspace import SubspaceResidual, SubspaceShare
 from grood_fast.scores.vim import ViM
 
 SCORES: dict[str, type[Score]] = {
@@ -23,6 +24,8 @@ SCORES: dict[str, type[Score]] = {
         RelativeMahalanobis,
         ClassGMM,
         ViM,
+        SubspaceShare,
+        SubspaceResidual,
     )
 }
 
@@ -39,5 +42,7 @@ __all__ = [
     "MaxLogit",
     "RelativeMahalanobis",
     "Score",
+    "SubspaceResidual",
+    "SubspaceShare",
     "ViM",
 ]

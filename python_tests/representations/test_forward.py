@@ -37,8 +37,7 @@ def test_the_registry() -> None:
         assert kind.name == name
         assert issubclass(kind, Representation)
         representation = kind()
-        assert representation.is_fitted
-        assert not representation.needs_fit
+        assert representation.is_fitted is not representation.needs_fit
         again = representation.fresh()
         assert type(again) is kind
         assert again.config() == representation.config()

@@ -1,0 +1,162 @@
+"""LowDimensionalGradient and GradPCA as whole systems, against autograd and plain PCA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toys
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from grood_fast import scoring
+from grood_fast.classifier import Classifier
+from grood_fast.detectors import Detector, Fitting, GradPCA, LowDimensionalGradient
+from grood_fast.errors import InputError, NotFittedError
+from grood_fast.representations import ProjectedHeadGradient
+from grood_fast.scores import KNN, Mahalanobis, SubspaceResidual
+from grood_fast.signals import stream
+
+REFERENCE = toys.batches(90)
+X = toys.samples(25, 7)
+
+
+def head_gradients(model: toys.Net, x: Tensor, scalar: Any, bias: bool = False) -> Tensor:
+    """(N, P) float64 gradients of a scalar of the logits by a loop of autograd, last layer only."""
+    model = toys.Net().double() if model is None else model
+    head = nn.Linear(model.head.in_features, model.head.out_features).double()
+    head.load_state_dict({k: v.double() for k, v in model.head.state_dict().items()})
+    with torch.no_grad():
+        features = model.eval().backbone(x).double()
+    rows = []
+    for h in features:
+        parameters = (head.weight, head.bias) if bias else (head.weight,)
+        grads = torch.autograd.grad(scalar(head(h)), parameters)
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    return torch.stack(rows)
+
+
+def reference_images() -> Tensor:
+    return torch.cat([x for x, _ in REFERENCE])
+
+
+@pytest.mark.parametrize("form", ["dual", "dense", "factored", "auto"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_ldg_is_knn_on_pca_of_autograds_gradients(form: str, bias: bool) -> None:
+    model = toys.Net().eval()
+    detector = LowDimensionalGradient(
+        n_components=5, form=form, bias=bias, score=KNN(k=3, metric="euclidean")
+    ).fit(model, REFERENCE, progress=False)
+    energy = lambda f: -torch.logsumexp(f, dim=0)  # noqa: E731
+    gradients = head_gradients(model, reference_images(), energy, bias)
+    mean = gradients.mean(dim=0)
+    _, _, directions = torch.linalg.svd(gradients - mean)
+    bank = (gradients - mean) @ directions[:5].T
+    queries = (head_gradients(model, X, energy, bias) - mean) @ directions[:5].T
+    expected = torch.cdist(queries, bank).sort(dim=1).values[:, 2]
+    found = detector.score([X], progress=False).as_subclass(Tensor)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
+    assert spearmanr(found, expected).statistic > 0.9999
+
+
+def test_gradpca_is_the_share_inside_the_class_means() -> None:
+    model = toys.Net().eval()
+    detector = GradPCA().fit(model, REFERENCE, progress=False)
+    gradients = head_gradients(model, reference_images(), torch.max)
+    labels = torch.cat([y for _, y in REFERENCE])
+    means = torch.stack([gradients[labels == c].mean(dim=0) for c in range(toys.CLASSES)])
+    centre = means.mean(dim=0)
+    _, values, directions = torch.linalg.svd(means - centre)
+    share = values.square().cumsum(0) / values.square().sum()
+    inside = directions[: int((share < 0.99).sum()) + 1]
+    new = head_gradients(model, X, torch.max) - centre
+    expected = -(new @ inside.T).norm(dim=1) / new.norm(dim=1)
+    found = detector.score([X], progress=False).as_subclass(Tensor).double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradpca_with_summed_logits_is_pca_on_class_mean_features() -> None:
+    model = toys.Net().eval()
+    labels = torch.cat([y for _, y in REFERENCE])
+    with torch.no_grad():
+        features = model.backbone(reference_images()).double()
+        new = model.backbone(X).double()
+    means = torch.stack([features[labels == c].mean(dim=0) for c in range(toys.CLASSES)])
+    centre = means.mean(dim=0)
+    _, values, directions = torch.linalg.svd(means - centre)
+    share = values.square().cumsum(0) / values.square().sum()
+    inside = directions[: int((share < 0.99).sum()) + 1]
+    twin = -((new - centre) @ inside.T).norm(dim=1) / (new - centre).norm(dim=1)
+    plain = {}
+    for objective in ("logit_sum", "max_logit"):
+        detector = GradPCA(objective).fit(model, REFERENCE, progress=False)
+        plain[objective] = detector.score([X], progress=False).as_subclass(Tensor).double()
+    torch.testing.assert_close(plain["logit_sum"], twin, rtol=1e-4, atol=1e-5)
+    assert (plain["max_logit"] - twin).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LowDimensionalGradient(5, form="dual"),
+        lambda: LowDimensionalGradient(5, form="factored", unit=True),
+        lambda: LowDimensionalGradient(5, whiten=True, score=Mahalanobis()),
+        lambda: LowDimensionalGradient(kind="class_averages", score=KNN(k=2)),
+        lambda: GradPCA(bias=True),
+        lambda: Detector(SubspaceResidual(), ProjectedHeadGradient(output="norms", n_components=3)),
+    ],
+)
+def test_saved_and_merged(make: Any, tmp_path: Path) -> None:
+    model = toys.Net()
+    detector = make().fit(model, REFERENCE, progress=False)
+    expected = detector.score([X], progress=False).as_subclass(Tensor)
+    detector.save(tmp_path / "file")
+    again = scoring.load(tmp_path / "file", model)
+    assert torch.equal(again.score([X], progress=False).as_subclass(Tensor), expected)
+    assert again.card["representation"]["form"] in ("dual", "dense", "factored")
+
+    classifier = Classifier(model)
+    shards = []
+    other = make()
+    for part in (slice(3, None), slice(0, 3)):
+        fitting = Fitting(other, classifier)
+        for number, signals in enumerate(stream(classifier, REFERENCE, other.needs)):
+            if number in range(*part.indices(len(REFERENCE))):
+                fitting.absorb(signals)
+        shards.append(fitting)
+    shards[0].merge(shards[1])
+    shards[0].finish()
+    shards[0].install(classifier)
+    merged = other.score([X], progress=False).as_subclass(Tensor)
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unlabelled_references_serve_pca_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
+    images = [x for x, _ in REFERENCE]
+    LowDimensionalGradient(4).fit(toys.Net(), images, progress=False)
+    assert not [w for w in recwarn if "labels" in str(w.message)]
+    with pytest.warns(UserWarning, match="no labels"):
+        GradPCA().fit(toys.Net(), images, progress=False)
+
+
+def test_settings_that_do_not_go_together() -> None:
+    for options, message in (
+        ({"kind": "magic"}, "unknown kind"),
+        ({"form": "magic"}, "unknown form"),
+        ({"n_components": 0}, "n_components"),
+        ({"n_components": None}, "needs n_components"),
+        ({"kept_share": 0.0}, "kept_share"),
+        ({"output": "magic"}, "output"),
+        ({"whiten": True, "form": "dual"}, "whitening"),
+        ({"whiten": True, "kind": "class_means"}, "whitening"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ProjectedHeadGradient(**options)  # type: ignore[arg-type]
+    with pytest.raises(NotFittedError):
+        LowDimensionalGradient().bind(toys.Net()).score([X])
+    plain = Detector(SubspaceResidual(), ProjectedHeadGradient(n_components=3))
+    plain.fit(toys.Net(), REFERENCE, progress=False)
+    with pytest.raises(InputError, match="output='norms'"):
+        plain.score([X], progress=False)
