@@ -256,4 +256,4 @@ def test_ranks_follow_the_spectra() -> None:
     assert ranks_for(steep, flat, 50) == (1, 50)
     assert ranks_for(flat, steep, 100) == (50, 2)
     m, n = ranks_for(flat, flat, 100)
-    assert (m, n) == (10, 10)
+    assert m * n == 100
