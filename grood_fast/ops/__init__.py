@@ -157,7 +157,7 @@ def dual_project(
     """Coordinates of rank-one gradients δhᵀ in a subspace that other such gradients span.
 
     With the inner products k(x) = (Δδ) ∘ (Hh) of a sample with the N anchors, z = Aᵀ k(x). Computed
-    tile by tile: memory does not grow with N.
+    tile by tile: memory does not grow with N. (A backward pass does form B x N arrays.)
 
     Args:
         delta: (B, C) floating point, δ.
