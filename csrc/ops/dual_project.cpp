@@ -8,12 +8,49 @@
 namespace grood_fast::ops {
 namespace {
 
-// Anchors a tile: enough for the products to run at full speed.
-constexpr int64_t kTileAnchors = 1024;
-// Elements of one tile, of which two exist: together they stay in a processor's second cache.
-constexpr int64_t kTileElements = 1 << 18;
+// Anchors a tile: enough for the products to run at full speed, and no more than a thread's share.
+constexpr int64_t kMostTileAnchors = 4096, kLeastTileAnchors = 512;
+// Elements of one tile, of which every thread has two.
+constexpr int64_t kTileElements = 1 << 20;
 // Elements a thread should at least get of a tile's element-wise product.
 constexpr int64_t kGrain = 1 << 15;
+
+// A matrix by its memory alone, whose blocks of rows any thread may take: worker threads know
+// nothing of the caller's autograd or inference mode, so they get plain tensors.
+class Rows {
+ public:
+  explicit Rows(const Tensor& matrix)
+      : data_(static_cast<char*>(const_cast<void*>(matrix.const_data_ptr()))),
+        columns_(matrix.size(1)),
+        strides_{matrix.stride(0), matrix.stride(1)},
+        type_(matrix.scalar_type()),
+        row_bytes_(matrix.stride(0) * static_cast<int64_t>(matrix.element_size())) {}
+  Rows(void* data, int64_t columns, ScalarType type, int64_t element_size)
+      : data_(static_cast<char*>(data)),
+        columns_(columns),
+        strides_{columns, 1},
+        type_(type),
+        row_bytes_(columns * element_size) {}
+
+  Tensor operator()(int64_t start, int64_t count) const {
+    return torch::stable::from_blob(
+        data_ + start * row_bytes_, {count, columns_}, {strides_[0], strides_[1]},
+        torch::stable::Device(torch::headeronly::DeviceType::CPU), type_);
+  }
+
+  // The same in the dtype of the result; a copy only where it is another.
+  Tensor as(ScalarType real, int64_t start, int64_t count) const {
+    const Tensor rows = (*this)(start, count);
+    return type_ == real ? rows : torch::stable::to(rows, real);
+  }
+
+ private:
+  char* data_;
+  int64_t columns_;
+  int64_t strides_[2];
+  ScalarType type_;
+  int64_t row_bytes_;
+};
 
 // out = a b
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
@@ -25,20 +62,11 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   torch::stable::detail::to<Tensor>(stack[0]);  // takes over the reference that was returned
 }
 
-Tensor as_real(const Tensor& matrix, ScalarType real) {
-  return matrix.scalar_type() == real ? matrix : torch::stable::to(matrix, real);
-}
-
-Tensor rows(const Tensor& matrix, int64_t start, int64_t count) {
-  Tensor whole = matrix;
-  return torch::stable::narrow(whole, 0, start, count);
-}
-
 template <typename Real>
-void add(const Tensor& total, int64_t row, const Tensor& part) {
-  Real* to = static_cast<Real*>(total.mutable_data_ptr()) + row * total.size(1);
-  const Real* from = static_cast<const Real*>(part.const_data_ptr());
-  for (int64_t i = 0; i < part.numel(); ++i) to[i] += from[i];
+void add(void* total, const void* part, int64_t count) {
+  Real* to = static_cast<Real*>(total);
+  const Real* from = static_cast<const Real*>(part);
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
 Tensor dual_project(
@@ -76,35 +104,52 @@ Tensor dual_project(
 
   Tensor result = torch::stable::new_zeros(coefficients, {batch, components});  // [B, K]
   if (result.numel() == 0 || anchors == 0) return result;
-  const int64_t tile_anchors = std::min(anchors, kTileAnchors);
-  const int64_t tile_rows = std::min(batch, std::max<int64_t>(1, kTileElements / tile_anchors));
-  const Tensor left = torch::stable::new_empty(coefficients, {tile_rows * tile_anchors});
-  const Tensor right = torch::stable::new_empty(coefficients, {tile_rows * tile_anchors});
-  const Tensor part = torch::stable::new_empty(coefficients, {tile_rows * components});
-  for (int64_t row = 0; row < batch; row += tile_rows) {
-    const int64_t height = std::min(tile_rows, batch - row);
-    const Tensor d = as_real(rows(delta, row, height), real);
-    const Tensor h = as_real(rows(features, row, height), real);
-    const Tensor z = torch::stable::view(rows(part, 0, height * components), {height, components});
-    for (int64_t anchor = 0; anchor < anchors; anchor += tile_anchors) {
-      const int64_t width = std::min(tile_anchors, anchors - anchor);
-      const Tensor da = as_real(rows(anchor_delta, anchor, width), real);
-      const Tensor ha = as_real(rows(anchor_features, anchor, width), real);
-      const Tensor s = torch::stable::view(rows(left, 0, height * width), {height, width});
-      const Tensor r = torch::stable::view(rows(right, 0, height * width), {height, width});
-      multiply(d, torch::stable::transpose(da, 0, 1), s);
-      multiply(h, torch::stable::transpose(ha, 0, 1), r);
-      const HadamardArguments meet{s.mutable_data_ptr(), r.const_data_ptr(), bias, dtype};
-      torch::stable::parallel_for(0, height * width, kGrain, [&](int64_t begin, int64_t end) {
-        hadamard(meet, begin, end);
-      });
-      multiply(s, rows(coefficients, anchor, width), z);
-      if (dtype == DType::float64)
-        add<double>(result, row, z);
-      else
-        add<float>(result, row, z);
+  const Rows d{delta}, h{features}, da{anchor_delta}, ha{anchor_features}, a{coefficients};
+  const int64_t bytes = dtype == DType::float64 ? 8 : 4;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t width = std::min(
+      anchors, std::clamp((anchors + threads - 1) / threads, kLeastTileAnchors, kMostTileAnchors));
+  const int64_t height = std::clamp<int64_t>(kTileElements / width, 1, batch);
+  const int64_t tiles = (anchors + width - 1) / width;
+  // Every thread takes its own tiles of anchors from start to end, so that nobody waits within
+  // one; where there are too few for that, the threads share each product.
+  const int64_t workers = tiles < threads ? 1 : threads;
+  const Tensor sums = torch::stable::new_zeros(coefficients, {workers - 1, batch, components});
+  const Tensor scratch =
+      torch::stable::new_empty(coefficients, {workers, height * (2 * width + components)});
+  const auto total_of = [&](int64_t worker) {
+    return static_cast<char*>(worker == 0 ? result.mutable_data_ptr() : sums.mutable_data_ptr()) +
+           std::max<int64_t>(worker - 1, 0) * batch * components * bytes;
+  };
+  const auto accumulate = dtype == DType::float64 ? add<double> : add<float>;
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      char* left = static_cast<char*>(scratch.mutable_data_ptr()) +
+                   worker * height * (2 * width + components) * bytes;
+      char* right = left + height * width * bytes;
+      char* part = right + height * width * bytes;
+      const Rows z{part, components, real, bytes};
+      for (int64_t tile = worker; tile < tiles; tile += workers) {
+        const int64_t anchor = tile * width, across = std::min(width, anchors - anchor);
+        const Tensor tile_delta = torch::stable::transpose(da.as(real, anchor, across), 0, 1);
+        const Tensor tile_features = torch::stable::transpose(ha.as(real, anchor, across), 0, 1);
+        const Rows s{left, across, real, bytes}, r{right, across, real, bytes};
+        for (int64_t row = 0; row < batch; row += height) {
+          const int64_t down = std::min(height, batch - row);
+          multiply(d.as(real, row, down), tile_delta, s(0, down));
+          multiply(h.as(real, row, down), tile_features, r(0, down));
+          const HadamardArguments meet{left, right, bias, dtype};
+          torch::stable::parallel_for(0, down * across, kGrain, [&](int64_t from, int64_t to) {
+            hadamard(meet, from, to);
+          });
+          multiply(s(0, down), a(anchor, across), z(0, down));
+          accumulate(total_of(worker) + row * components * bytes, part, down * components);
+        }
+      }
     }
-  }
+  });
+  for (int64_t worker = 1; worker < workers; ++worker)
+    accumulate(result.mutable_data_ptr(), total_of(worker), batch * components);
   return result;
 }
 

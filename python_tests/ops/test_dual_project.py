@@ -47,8 +47,9 @@ class Sizes(NamedTuple):
 
 
 FEW = Sizes(3, 5, 7, 4, 2)
-# 1024 anchors are a tile and 2¹⁸ elements too: with so many anchors, rows are tiled by 256.
-TILED = Sizes(259, 5, 7, 1027, 3)
+# 4096 anchors are a tile and 2²⁰ elements too, or less where threads share the anchors: with so
+# many anchors, one thread tiles the rows by 256.
+TILED = Sizes(259, 5, 7, 4099, 3)
 
 
 def _operands(
@@ -140,7 +141,7 @@ class TestWholeNumbers:
             st.integers(0, 600),
             st.integers(0, 40),
             st.integers(0, 40),
-            st.one_of(st.integers(0, 40), st.integers(1000, 2100)),
+            st.one_of(st.integers(0, 40), st.integers(4000, 4200)),
             st.integers(0, 20),
         ),
         dtypes=st.sampled_from(DTYPE_PAIRS),
@@ -247,12 +248,12 @@ class TestPrecision:
 
 
 @pytest.mark.parametrize(("dtype", "real"), DTYPE_PAIRS)
-def test_the_same_again_and_with_two_threads(
+def test_the_same_again_and_with_more_threads(
     torch_threads: None, dtype: torch.dtype, real: torch.dtype
 ) -> None:
-    operands = _operands((300, 10, 33, 2500, 9), dtype, real)
+    operands = _operands((300, 10, 33, 4500, 9), dtype, real)
     before = [operand.clone() for operand in operands]
-    for threads in (1, 2):
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         _check(operands, bias=True)
         first = ops.dual_project(*operands, bias=True)
@@ -297,8 +298,9 @@ class TestMemory:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_temporaries_do_not_grow_with_the_anchors(
-        self, dtype: torch.dtype, tmp_path: Path
+        self, torch_threads: None, dtype: torch.dtype, tmp_path: Path
     ) -> None:
+        torch.set_num_threads(1)
         peaks = {}
         for anchors in (2**13, 2**15):
             operands = _operands((300, 4, 8, anchors, 4), dtype)
@@ -309,10 +311,13 @@ class TestMemory:
         whole = self._peak(partial(reference.dual_project, *widened), tmp_path)
         assert whole >= 2 * 4 * 300 * 2**15 > 4 * peaks[2**15]
 
-    def test_nor_with_the_samples_but_for_the_result(self, tmp_path: Path) -> None:
+    def test_nor_with_the_samples_but_for_the_result(
+        self, torch_threads: None, tmp_path: Path
+    ) -> None:
+        torch.set_num_threads(1)
         peaks = []
         for batch in (2**11, 2**14):
-            operands = _operands((batch, 4, 8, 1100, 4))
+            operands = _operands((batch, 4, 8, 4100, 4))
             result_bytes = 4 * 4 * batch
             peak = self._peak(partial(ops.dual_project, *operands), tmp_path)
             peaks.append(peak - result_bytes)
