@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -19,7 +18,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from grood_fast.errors import InputError, LoaderWarning
+from grood_fast.errors import InputError, LoaderWarning, warn
 from grood_fast.hashing import hash_rows
 
 FORMATS = (
@@ -201,11 +200,10 @@ def order_warning(loader: Iterable[Any]) -> None:
         batches, order = order, order.sampler
         dropped = len(order) % batches.batch_size if isinstance(order, Sized) else 0
         if dropped and batches.drop_last:
-            warnings.warn(
+            warn(
                 f"The loader drops its last {dropped} samples (drop_last=True): they get no score. "
                 "Make it with drop_last=False.",
                 LoaderWarning,
-                stacklevel=3,
             )
     if isinstance(order, DistributedSampler):
         in_order = not order.shuffle
@@ -213,12 +211,11 @@ def order_warning(loader: Iterable[Any]) -> None:
         # A written-out sequence of indices is an order its author knows.
         in_order = isinstance(order, (SequentialSampler, Sequence))
     if not in_order:
-        warnings.warn(
+        warn(
             f"The loader's {type(order).__name__} may visit the samples in another order than the "
             "data set, and in a new one each time: scores come in the loader's order and cannot be "
             "matched with the samples. Make the loader with shuffle=False.",
             LoaderWarning,
-            stacklevel=3,
         )
 
 

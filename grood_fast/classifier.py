@@ -8,7 +8,6 @@ import inspect
 import logging
 import random
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grood_fast.batches import Batch
-from grood_fast.errors import HeadNotFoundError, InputError, ScoreWarning
+from grood_fast.errors import HeadNotFoundError, InputError, ScoreWarning, warn
 
 logger = logging.getLogger(__name__)
 
@@ -531,11 +530,10 @@ def _find_logits(output: Any) -> Tensor:
     if isinstance(output, (tuple, list)):
         found = _matrices(output)
         if len({matrix.shape[1] for matrix in found}) > 1:
-            warnings.warn(
+            warn(
                 f"The model returns several matrices, {[tuple(m.shape) for m in found]}: the first "
                 "is taken for the logits. Wrap the model if that is wrong.",
                 ScoreWarning,
-                stacklevel=2,
             )
         if found:
             return found[0]

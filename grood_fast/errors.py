@@ -5,6 +5,10 @@ Every message says what was wrong, what was expected, and what to do about it.
 
 from __future__ import annotations
 
+import sys
+import warnings
+from types import FrameType
+
 
 class GroodFastError(Exception):
     """Base of every error raised on purpose by this package."""
@@ -44,3 +48,16 @@ class ScoreWarning(UserWarning):
 
 class LoaderWarning(UserWarning):
     """The loader's order or length is not what the scores' order relies on."""
+
+
+def warn(message: str, category: type[UserWarning]) -> None:
+    """Warn at the line of the user's that led here: the first outside this package and torch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _package(frame) in ("grood_fast", "torch", "contextlib"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _package(frame: FrameType) -> str:
+    name: str = frame.f_globals.get("__name__", "")
+    return name.partition(".")[0]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +102,18 @@ class Signals:
     def statistics(self) -> LogitStatistics:
         """The logits' softmax statistics, shared by everything that reads them."""
         return LogitStatistics(self.logits)
+
+    @cached_property
+    def _readings(self) -> dict[int, tuple[object, Any]]:
+        return {}
+
+    def read_as(self, representation: Callable[[Signals], Any]) -> Any:
+        """What a representation makes of this batch, made once for all scores that read it."""
+        key = id(representation)
+        if key not in self._readings:
+            # Kept with what made it: an identity is one only while its owner lives.
+            self._readings[key] = representation, representation(self)
+        return self._readings[key][1]
 
     @property
     def predictions(self) -> Tensor:

@@ -8,14 +8,13 @@ come, counts and reservoirs end up identical and sums agree to rounding in float
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from grood_fast.errors import FitWarning, InputError
+from grood_fast.errors import FitWarning, InputError, warn
 from grood_fast.hashing import hash_indices
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -334,11 +333,10 @@ class ClassMoments:
             names = ", ".join(str(label) for label in missing[:5]) + (
                 ", …" if len(missing) > 5 else ""
             )
-            warnings.warn(
+            warn(
                 f"{len(missing)} of {len(self.counts)} classes have no reference samples "
                 f"({names}): they are left out, so their samples will look out of distribution.",
                 FitWarning,
-                stacklevel=2,
             )
         return seen
 

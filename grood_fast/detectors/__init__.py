@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grood_fast.detectors.base import Detector, Fitting, fit_together, score_together
+from grood_fast.detectors.base import Detector
 from grood_fast.detectors.calibration import Calibration
 from grood_fast.detectors.named import (
     DETECTORS,
@@ -13,6 +13,7 @@ from grood_fast.detectors.named import (
     by_unique_name,
     detector,
 )
+from grood_fast.detectors.passes import Fitting, fit_together, score_together
 
 __all__ = [
     "DETECTORS",

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from grood_fast import persistence
 from grood_fast.batches import is_batch, order_warning
 from grood_fast.classifier import Classifier, Precision
 from grood_fast.detectors.calibration import Calibration, SampleSketch, check_recall
+from grood_fast.detectors.passes import (
+    find_head,
+    fit_together,
+    model_facts,
+    score_together,
+    with_progress,
+)
 from grood_fast.errors import (
     FitWarning,
     HeadNotFoundError,
     InputError,
     NotFittedError,
     PersistenceError,
-    ScoreWarning,
+    warn,
 )
 from grood_fast.representations import REPRESENTATIONS, Representation
-from grood_fast.results import Column, Scores, ScoreTable
+from grood_fast.results import Column, Scores
 from grood_fast.scores import SCORES, Score
 from grood_fast.signals import Signals, stream
-
-logger = logging.getLogger(__name__)
 
 Self = TypeVar("Self", bound="Detector")
 
@@ -117,7 +119,7 @@ class Detector:
                 f"a detector is called with the signals of a pass, got {type(signals).__name__}: "
                 "for inputs there are score(loader), predict(batch) and p_values(batch)."
             )
-        return self.score_function(self.representation(signals))
+        return self.score_function(signals.read_as(self.representation))
 
     # --- what a user does with it -------------------------------------------------------------
 
@@ -214,22 +216,21 @@ class Detector:
         scores = Column(torch.float32, classifier.device)
         looked_up, seen = 0, 0
         with closing(stream(classifier, loader, self.needs)) as batches:
-            for signals in _progress(batches, loader, "calibrating", progress):
-                _find_head(classifier, signals)
+            for signals in with_progress(batches, loader, "calibrating", progress):
+                find_head(classifier, signals)
                 scores.append(self(signals))
                 if self.needs_fit:
                     some, again = self._sketch.seen(signals.batch.fingerprints())
                     looked_up, seen = looked_up + some, seen + again
         if seen:
-            warnings.warn(
+            warn(
                 f"{seen} of {looked_up} calibration samples looked up were in the reference as "
                 "well: their scores are too low and the threshold will call too much OOD. "
                 "Calibrate on samples held out.",
                 FitWarning,
-                stacklevel=2,
             )
         self.calibration = Calibration.of(scores.finish(), id_recall)
-        self.card = {**self.card, **_model_facts(classifier)}
+        self.card = {**self.card, **model_facts(classifier)}
         return self
 
     def predict(self, samples: Any) -> Tensor:
@@ -379,6 +380,24 @@ class Detector:
                 "fitted for."
             )
 
+    def install(
+        self,
+        classifier: Classifier,
+        representation: Representation,
+        score: Score,
+        sketch: SampleSketch,
+        card: dict[str, Any],
+    ) -> None:
+        """Become what a pass over the reference has taught; any calibration is void."""
+        self.forget(classifier)
+        self.representation, self.score_function = representation, score
+        self._sketch, self.card = sketch, card
+
+    def forget(self, classifier: Classifier) -> None:
+        """Bind to a model, without the threshold that was set for the last."""
+        self.calibration, self.card = None, {}
+        self._classifier = classifier
+
     def require_fitted(self) -> None:
         """Raises NotFittedError where ``is_fitted`` is False."""
         for component in self._parts().values():
@@ -412,179 +431,6 @@ class Detector:
         return self.score(loader, progress=not one_batch).as_subclass(Tensor)
 
 
-class Fitting:
-    """What one pass over the reference teaches a detector: absorb, merge, finish, install.
-
-    The detector itself does not change before :meth:`install`.
-    """
-
-    def __init__(self, detector: Detector, classifier: Classifier) -> None:
-        self.detector = detector
-        self.count = 0
-        self.representation = detector.representation
-        if self.representation.needs_fit:
-            self.representation = self.representation.fresh()
-            self.representation.begin(classifier)
-        self.score = detector.score_function.fresh()
-        self.score.begin(classifier)
-        self._sketch = SampleSketch()
-        self._pseudo_labels = 0
-
-    def absorb(self, signals: Signals) -> None:
-        """Take in one batch."""
-        labels = signals.labels
-        if labels is None and (self.score.needs_labels or self.representation.needs_labels):
-            labels = signals.predictions
-            self._pseudo_labels += len(labels)
-        if self.representation.needs_fit:
-            self.representation.absorb(signals, labels, signals.indices)
-        else:
-            self.score.absorb(self.representation(signals), labels, signals.indices)
-        self._sketch.absorb(signals.batch.fingerprints())
-        self.count += len(signals.logits)
-
-    def merge(self, other: Fitting) -> None:
-        """Add what the same detector's fitting on another shard has absorbed."""
-        if self.representation.needs_fit:
-            self.representation.merge(other.representation)
-        self.score.merge(other.score)
-        self._sketch.merge(other._sketch)
-        self._pseudo_labels += other._pseudo_labels
-        self.count += other.count
-
-    def finish(self) -> None:
-        """Turn what was absorbed into what scoring needs.
-
-        A representation that learns comes first; the score then learns from the samples it kept.
-        """
-        if self.representation.needs_fit:
-            self.representation.finish()
-            for z, labels, indices in self.representation.replay():
-                self.score.absorb(z, labels, indices)
-        self.score.finish()
-        if self._pseudo_labels:
-            some = f" for {self._pseudo_labels} of {self.count} samples"
-            warnings.warn(
-                f"the reference has no labels{some if self._pseudo_labels < self.count else ''}: "
-                f"{self.detector.name} takes the classes the model predicts instead. Let the "
-                "loader yield (x, y) for the true ones.",
-                FitWarning,
-                stacklevel=4,
-            )
-
-    def install(self, classifier: Classifier) -> None:
-        """Hand what was learned to the detector, whose calibration is void from here on."""
-        self.detector.representation = self.representation
-        self.detector.score_function = self.score
-        self.detector._classifier = classifier
-        self.detector.calibration = None
-        self.detector._sketch = self._sketch
-        self.detector.card = {
-            **_model_facts(classifier),
-            "reference_samples": self.count,
-            "pseudo_labels": bool(self._pseudo_labels),
-            **({"representation": facts} if (facts := self.representation.facts) else {}),
-        }
-
-
-def fit_together(
-    classifier: Classifier,
-    detectors: Sequence[Detector],
-    reference: Iterable[Any],
-    *,
-    progress: bool = True,
-) -> None:
-    """Fit any number of detectors in one pass, and bind them; those that need no reference only
-    forget their calibration.
-
-    Either all of them are fitted, or, after an error or an interruption, none is changed.
-    """
-    learners = [detector for detector in detectors if detector.needs_fit]
-    for detector in detectors:
-        if not detector.needs_fit:  # but a threshold belongs to the model it was set for
-            detector.calibration, detector.card = None, {}
-            detector._classifier = classifier
-    if not learners:
-        return
-    fittings: list[Fitting] = []
-    needs = frozenset[str]().union(*(detector.needs for detector in learners))
-    with closing(stream(classifier, reference, needs)) as batches:
-        for signals in _progress(batches, reference, "fitting", progress):
-            _find_head(classifier, signals)
-            if not fittings:
-                fittings = [Fitting(detector, classifier) for detector in learners]
-            for fitting in fittings:
-                fitting.absorb(signals)
-    for fitting in fittings:
-        fitting.finish()
-    for fitting in fittings:
-        fitting.install(classifier)
-
-
-def score_together(
-    classifier: Classifier,
-    detectors: Mapping[str, Detector],
-    loader: Iterable[Any],
-    *,
-    progress: bool = True,
-) -> ScoreTable:
-    """Scores of any number of detectors in one pass; memory grows by one number a sample and one.
-
-    Warns (:class:`ScoreWarning`) about samples whose score is NaN.
-
-    Raises:
-        NotFittedError: a detector has not seen reference data.
-        InputError: an empty loader, or a batch that does not fit.
-    """
-    missing = [name for name, detector in detectors.items() if not detector.is_fitted]
-    if missing:
-        raise NotFittedError(
-            f"{', '.join(missing)} has not seen reference data yet: call fit(model, reference) or "
-            "pass reference= (in-distribution samples, such as the training loader)."
-        )
-    for detector in detectors.values():
-        detector.to(classifier.device)
-    needs = frozenset[str]().union(*(detector.needs for detector in detectors.values()))
-    device = classifier.device
-    columns = {name: Column(torch.float32, device) for name in detectors}
-    predictions, labels = Column(torch.int64, device), Column(torch.int64, device)
-    all_labelled = True
-    with closing(stream(classifier, loader, needs)) as batches:
-        for signals in _progress(batches, loader, "scoring", progress):
-            for name, detector in detectors.items():
-                columns[name].append(detector(signals))
-            predictions.append(signals.predictions)
-            all_labelled &= signals.labels is not None
-            if signals.labels is not None:
-                labels.append(signals.labels)
-    table = {name: column.finish() for name, column in columns.items()}
-    for name, values in table.items():
-        _warn_of_nan(name, values)
-    return ScoreTable(table, predictions.finish(), labels.finish() if all_labelled else None)
-
-
-def _find_head(classifier: Classifier, signals: Signals) -> None:
-    """At the first batch: so that the detector knows its model by the head."""
-    if classifier.has_head or len(signals.indices) == 0 or int(signals.indices[0]) > 0:
-        return
-    try:
-        classifier.find_head(signals.batch)
-    except HeadNotFoundError as error:
-        logger.debug("%s", error)
-
-
-def _model_facts(classifier: Classifier) -> dict[str, Any]:
-    """Which model it was, so that another is noticed: by its head, or all of it without one."""
-    head = classifier.head_name if classifier.has_head else ""
-    return {
-        "model": type(classifier.model).__name__,
-        "head": head,
-        "fingerprint": classifier.fingerprint(head),
-        "precision": classifier.precision,
-        "torch": torch.__version__,
-    }
-
-
 def _described(component: Representation | Score) -> dict[str, Any]:
     return {"name": component.name, "config": component.config()}
 
@@ -594,29 +440,3 @@ Part = TypeVar("Part", Representation, Score)
 
 def _rebuilt(registry: Mapping[str, type[Part]], described: Mapping[str, Any]) -> Part:
     return registry[described["name"]](**described["config"])
-
-
-def _progress(
-    batches: Iterable[Signals], loader: Iterable[Any], what: str, enabled: bool
-) -> Iterable[Signals]:
-    try:
-        total = len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        total = None
-    # The bar appears after two seconds only.
-    bar: Iterable[Signals] = tqdm(
-        batches, total=total, desc=what, unit="batch", delay=2, disable=not enabled, leave=False
-    )
-    return bar
-
-
-def _warn_of_nan(name: str, values: Tensor) -> None:
-    missing = values.isnan().nonzero().flatten()
-    if len(missing):
-        shown = ", ".join(map(str, missing[:5].tolist())) + (", …" if len(missing) > 5 else "")
-        warnings.warn(
-            f"{name}: {len(missing)} of {len(values)} scores are NaN (positions {shown}), because "
-            "the inputs or the model's outputs are not finite there. predict() calls them OOD.",
-            ScoreWarning,
-            stacklevel=4,
-        )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from grood_fast.errors import FitWarning, InputError
+from grood_fast.errors import FitWarning, InputError, warn
 
 SKETCH_SIZE = 1 << 16
 """How many fingerprints of the reference samples are kept."""
@@ -58,11 +57,10 @@ class Calibration:
             threshold = float(ordered[rank - 1])
         else:
             needed = math.ceil(round(id_recall / (1 - id_recall), 9))
-            warnings.warn(
+            warn(
                 f"{len(ordered)} calibration samples cannot give id_recall={id_recall}: at least "
                 f"{needed} are needed. The threshold is infinite and nothing will be OOD.",
                 FitWarning,
-                stacklevel=3,
             )
         return cls(ordered, id_recall, threshold)
 

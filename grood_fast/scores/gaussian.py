@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from grood_fast.errors import FitWarning, InputError
+from grood_fast.errors import FitWarning, InputError, warn
 from grood_fast.scores.base import Score
 from grood_fast.statistics import ClassMoments, keeps_state, require_rows, require_same_config
 
@@ -166,12 +165,11 @@ class Mahalanobis(_GaussianScore):
         scatter = moments.within_scatter()
         dim, freedom = len(scatter), moments.count - len(seen)
         if freedom < dim and self.shrinkage == 0:
-            warnings.warn(
+            warn(
                 f"{moments.count} reference samples of {len(seen)} classes cannot determine the "
                 f"covariance of {dim} features: differences outside their span are ignored. Give "
                 "more samples, or shrinkage='oas'.",
                 FitWarning,
-                stacklevel=2,
             )
         whiten = whitening(shrink(scatter / moments.count, self.shrinkage, moments.count))
         center = moments.total().mean
@@ -271,12 +269,11 @@ class ClassGMM(_GaussianScore):
         missing = (dim + 1 - counts).clamp(min=0)
         short = int((missing > 0).sum())
         if short:
-            warnings.warn(
+            warn(
                 f"{short} of {len(seen)} classes have no more samples than the {dim} features: "
                 "their covariance is filled up with the one pooled over classes. Lower "
                 "n_components, or use Mahalanobis.",
                 FitWarning,
-                stacklevel=2,
             )
         factors = means.new_empty(len(seen), dim, dim)
         for factor, label, count, extra in zip(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from grood_fast.errors import FitWarning, InputError
+from grood_fast.errors import FitWarning, InputError, warn
 from grood_fast.scores.base import Score
 from grood_fast.statistics import (
     Moments,
@@ -113,11 +112,10 @@ class ViM(Score):
                 f"{len(mean) - residual.shape[1]}, so no residual is left: give a smaller dim."
             )
         if float(mean_logit) <= 0:
-            warnings.warn(
+            warn(
                 f"the mean largest logit of the reference is {float(mean_logit):.3g}, so alpha is "
                 "not positive and larger residuals lower the score: ViM does not suit this head.",
                 FitWarning,
-                stacklevel=2,
             )
         self.fitted["alpha"] = (mean_logit / mean_norm).float()
         self._moments, self._reservoir = Moments(), Reservoir(self.max_samples)

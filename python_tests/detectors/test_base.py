@@ -38,7 +38,7 @@ from grood_fast.errors import (
     PersistenceError,
     ScoreWarning,
 )
-from grood_fast.representations import Logits
+from grood_fast.representations import Logits, ProjectedHeadGradient
 from grood_fast.results import Scores
 from grood_fast.scores import KNN, ClassGMM, Energy, Mahalanobis, ViM
 from grood_fast.signals import stream
@@ -408,14 +408,14 @@ def test_nan_samples_are_ood(name: str) -> None:
 @pytest.mark.parametrize("labelled", [True, False])
 def test_merging_shards_equals_one_pass(name: str, labelled: bool) -> None:
     model = toys.Net()
-    classifier = Classifier(model)
+    classifier, detector = Classifier(model), made(name)
     everything = list(
         stream(classifier, REFERENCE if labelled else [x for x, _ in REFERENCE], {"features"})
     )
     classifier.find_head(everything[0].batch)
 
     def fitting(some: Any) -> Fitting:
-        part = Fitting(made(name), classifier)
+        part = Fitting([detector], classifier)
         for signals in some:
             part.absorb(signals)
         return part
@@ -425,35 +425,36 @@ def test_merging_shards_equals_one_pass(name: str, labelled: bool) -> None:
             warnings.simplefilter("ignore", FitWarning)
             part.finish()
             part.install(classifier)
-        return part.detector.bind(model)
+        return detector.bind(model)
 
     whole = installed(fitting(everything))
-    expected = whole.score(TEST)
+    expected, card = whole.score(TEST), whole.card
+    fingerprints = whole._sketch.fingerprints
     for order in itertools.permutations([everything[:1], everything[1:3], everything[3:]]):
         first, *rest = (fitting(shard) for shard in order)
         for part in rest:
             first.merge(part)
         merged = installed(first)
         torch.testing.assert_close(plain(merged.score(TEST)), plain(expected))
-        assert merged.card == whole.card
-        assert torch.equal(merged._sketch.fingerprints, whole._sketch.fingerprints)
+        assert merged.card == card
+        assert torch.equal(merged._sketch.fingerprints, fingerprints)
 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_one_shard_without_labels_is_enough_to_say_so(first: int) -> None:
     classifier = Classifier(toys.Net())
-    labelled = REFERENCE[0]
+    labelled, mahalanobis = REFERENCE[0], Detector(Mahalanobis())
     parts = []
     for batch in (labelled, labelled[0]):
         (signals,) = stream(classifier, [batch], {"features"})
-        parts.append(Fitting(Detector(Mahalanobis()), classifier))
+        parts.append(Fitting([mahalanobis], classifier))
         parts[-1].absorb(signals)
     merged = parts[first]
     merged.merge(parts[1 - first])
     with pytest.warns(FitWarning, match="the reference has no labels"):
         merged.finish()
     merged.install(classifier)
-    assert merged.detector.card["pseudo_labels"] is True
+    assert mahalanobis.card["pseudo_labels"] is True
 
 
 def test_a_fitting_leaves_its_detector_alone_until_it_is_installed() -> None:
@@ -462,12 +463,42 @@ def test_a_fitting_leaves_its_detector_alone_until_it_is_installed() -> None:
     before = knn.score(TEST)
     classifier = Classifier(model)
     (signals,) = stream(classifier, [toys.samples(40, seed=9)], {"features"})
-    part = Fitting(knn, classifier)
+    part = Fitting([knn], classifier)
     part.absorb(signals)
     part.finish()
     assert torch.equal(plain(knn.score(TEST)), plain(before))
     part.install(classifier)
     assert not torch.equal(plain(knn.score(TEST)), plain(before))
+
+
+def test_detectors_with_the_same_representation_learn_and_compute_it_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    for method in ("finish", "__call__"):
+        original = getattr(ProjectedHeadGradient, method)
+        monkeypatch.setattr(
+            ProjectedHeadGradient,
+            method,
+            lambda self, *rest, method=method, original=original: (
+                calls.append(method),
+                original(self, *rest),
+            )[1],
+        )
+    scores = {"nearest": KNN(3), "distance": Mahalanobis()}
+    together = [
+        Detector(one, ProjectedHeadGradient(n_components=4), n) for n, one in scores.items()
+    ]
+    other = Detector(KNN(3), ProjectedHeadGradient(n_components=5), "other")
+    model = toys.Net()
+    table = scoring.score(model, TEST, [*together, other], reference=REFERENCE)
+    assert together[0].representation is together[1].representation
+    assert other.representation is not together[0].representation
+    assert calls.count("finish") == 2
+    assert calls.count("__call__") == 2 * len(TEST)
+    for name, one in scores.items():
+        alone = Detector(one.fresh(), ProjectedHeadGradient(n_components=4), name)
+        assert torch.equal(plain(alone.fit(model, REFERENCE).score(TEST)), plain(table[name]))
 
 
 # --- save and load ------------------------------------------------------------------------------

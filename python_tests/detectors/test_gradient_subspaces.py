@@ -121,7 +121,7 @@ def test_saved_and_merged(make: Any, tmp_path: Path) -> None:
     shards = []
     other = make()
     for part in (slice(3, None), slice(0, 3)):
-        fitting = Fitting(other, classifier)
+        fitting = Fitting([other], classifier)
         for number, signals in enumerate(stream(classifier, REFERENCE, other.needs)):
             if number in range(*part.indices(len(REFERENCE))):
                 fitting.absorb(signals)
