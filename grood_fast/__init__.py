@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from grood_fast.scores import Energy as Energy
     from grood_fast.scores import ExpectedGradientNorm as ExpectedGradientNorm
     from grood_fast.scores import GradientNorm as GradientNorm
+    from grood_fast.scores import LinearProbe as LinearProbe
     from grood_fast.scores import Mahalanobis as Mahalanobis
     from grood_fast.scores import MaxLogit as MaxLogit
+    from grood_fast.scores import Norm as Norm
     from grood_fast.scores import RelativeMahalanobis as RelativeMahalanobis
     from grood_fast.scores import Score as Score
     from grood_fast.scores import SubspaceResidual as SubspaceResidual
@@ -72,8 +74,10 @@ _PUBLIC = {
         "Energy",
         "ExpectedGradientNorm",
         "GradientNorm",
+        "LinearProbe",
         "Mahalanobis",
         "MaxLogit",
+        "Norm",
         "RelativeMahalanobis",
         "Score",
         "SubspaceResidual",

@@ -58,6 +58,36 @@ def require_rows(rows: Tensor, dim: int | None = None, what: str = "features") -
         )
 
 
+def checked_labels(labels: Tensor | None, rows: Tensor, num_classes: int | None = None) -> Tensor:
+    """The labels (B,) as int64, beside the rows (B, ...) they belong to.
+
+    Args:
+        labels: integers in [0, num_classes), or at least 0 where ``num_classes`` is None.
+        rows: one a sample.
+        num_classes: C.
+
+    Raises:
+        InputError: no labels, another shape or type, or labels out of range.
+    """
+    if labels is None:
+        raise InputError("class labels are needed: let the reference loader yield (input, label).")
+    if labels.shape != rows.shape[:1] or labels.is_floating_point() or labels.is_complex():
+        raise InputError(
+            f"labels must be integers of shape ({len(rows)},), got a {labels.dtype} tensor of "
+            f"shape {tuple(labels.shape)}: one class number a sample, not one-hot."
+        )
+    labels = labels.to(rows.device, torch.int64)
+    if len(labels):
+        lowest, highest = (int(bound) for bound in labels.aminmax())
+        if lowest < 0 or (num_classes is not None and highest >= num_classes):
+            limit = "" if num_classes is None else f" and less than {num_classes}"
+            raise InputError(
+                f"labels must be at least 0{limit}, got {lowest} to {highest}: the reference "
+                "must hold in-distribution samples only, with the classes numbered from 0."
+            )
+    return labels
+
+
 def require_finite(rows: Tensor, indices: Tensor | None = None, what: str = "features") -> None:
     """Raise :class:`InputError` if any sample holds a NaN or an infinity.
 
@@ -218,7 +248,7 @@ class ClassMoments:
                 when the state would outgrow its budget.
         """
         require_rows(rows, self.dim)
-        labels = self._checked_labels(labels, rows)
+        labels = checked_labels(labels, rows, self.num_classes)
         require_finite(rows, indices)
         self.dim = rows.shape[1]
         if len(rows) == 0:
@@ -249,27 +279,6 @@ class ClassMoments:
         keys = [None] if self.covariance == "tied" else classes.tolist()
         scatters = (other._scatters[key] for key in keys)
         self._combine(classes, other.counts[classes], other.means[classes], scatters)
-
-    def _checked_labels(self, labels: Tensor | None, rows: Tensor) -> Tensor:
-        if labels is None:
-            raise InputError(
-                "class labels are needed: let the reference loader yield (input, label)."
-            )
-        if labels.shape != rows.shape[:1] or labels.is_floating_point() or labels.is_complex():
-            raise InputError(
-                f"labels must be integers of shape ({len(rows)},), got a {labels.dtype} tensor of "
-                f"shape {tuple(labels.shape)}: one class number a sample, not one-hot."
-            )
-        labels = labels.to(rows.device, torch.int64)
-        if len(labels):
-            lowest, highest = (int(bound) for bound in labels.aminmax())
-            if lowest < 0 or (self.num_classes is not None and highest >= self.num_classes):
-                limit = "" if self.num_classes is None else f" and less than {self.num_classes}"
-                raise InputError(
-                    f"labels must be at least 0{limit}, got {lowest} to {highest}: the reference "
-                    "must hold in-distribution samples only, with the classes numbered from 0."
-                )
-        return labels
 
     def _combine(
         self, classes: Tensor, counts: Tensor, means: Tensor, scatters: Iterable[Tensor]

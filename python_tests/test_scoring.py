@@ -16,7 +16,8 @@ import toys
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from grood_fast.detectors import DETECTORS, Detector, GradNorm, detector, passes
+import grood_fast.progress
+from grood_fast.detectors import DETECTORS, Detector, GradNorm, detector
 from grood_fast.errors import (
     FitWarning,
     HeadNotFoundError,
@@ -388,10 +389,7 @@ def test_nothing_is_said_where_nothing_is_wrong(
 def test_long_passes_show_a_bar_unless_told_not_to(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    bar = passes.tqdm
-    monkeypatch.setattr(
-        passes, "tqdm", lambda *args, **options: bar(*args, **options | {"delay": 0})
-    )
+    monkeypatch.setattr(grood_fast.progress, "DELAY", 0)
     score(toys.Net(), TEST, "knn", reference=REFERENCE, progress=False)
     assert capfd.readouterr() == ("", "")
     score(toys.Net(), iter(TEST), "knn", reference=REFERENCE)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from grood_fast.classifier import Classifier
 from grood_fast.detectors.calibration import SampleSketch
@@ -22,6 +21,8 @@ from grood_fast.errors import (
     ScoreWarning,
     warn,
 )
+from grood_fast.progress import bar
+from grood_fast.progress import progress as progress_shown
 from grood_fast.representations import Representation
 from grood_fast.results import Column, ScoreTable
 from grood_fast.scores import Score
@@ -180,7 +181,8 @@ def fit_together(
                 fitting = Fitting(learners, classifier)
             fitting.absorb(signals)
     assert fitting is not None  # an empty loader has been refused
-    fitting.finish()
+    with progress_shown(progress):
+        fitting.finish()
     fitting.install(classifier)
 
 
@@ -249,17 +251,16 @@ def model_facts(classifier: Classifier) -> dict[str, Any]:
 
 
 def with_progress(
-    batches: Iterable[Signals], loader: Iterable[Any], what: str, enabled: bool
+    batches: Iterable[Signals], loader: Iterable[Any], what: str, shown: bool
 ) -> Iterable[Signals]:
-    """The batches, behind a bar that appears after two seconds."""
+    """The batches of a loader, behind a bar."""
     try:
         total = len(loader)  # type: ignore[arg-type]
     except TypeError:
         total = None
-    bar: Iterable[Signals] = tqdm(
-        batches, total=total, desc=what, unit="batch", delay=2, disable=not enabled, leave=False
-    )
-    return bar
+    with progress_shown(shown):
+        known: Iterable[Signals] = bar(batches, what, unit="batch", total=total)
+    return known
 
 
 def _warn_of_nan(name: str, values: Tensor) -> None:

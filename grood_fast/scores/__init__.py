@@ -7,6 +7,8 @@ from grood_fast.scores.gaussian import ClassGMM, Mahalanobis, RelativeMahalanobi
 from grood_fast.scores.gradient import ExpectedGradientNorm, GradientNorm
 from grood_fast.scores.knn import KNN
 from grood_fast.scores.logits import GEN, MSP, Energy, MaxLogit
+from grood_fast.scores.norm import Norm
+from grood_fast.scores.probe import LinearProbe
 from grood_fast.scores.subspace import SubspaceResidual, SubspaceShare
 from grood_fast.scores.vim import ViM
 
@@ -26,6 +28,8 @@ SCORES: dict[str, type[Score]] = {
         ViM,
         SubspaceShare,
         SubspaceResidual,
+        Norm,
+        LinearProbe,
     )
 }
 
@@ -38,8 +42,10 @@ __all__ = [
     "Energy",
     "ExpectedGradientNorm",
     "GradientNorm",
+    "LinearProbe",
     "Mahalanobis",
     "MaxLogit",
+    "Norm",
     "RelativeMahalanobis",
     "Score",
     "SubspaceResidual",
