@@ -86,7 +86,7 @@ class ProjectedHeadGradient(Representation):
         self.max_samples, self.max_anchors = max_samples, max_anchors
         # Which class a sample belongs to decides the directions; for PCA it only balances.
         self.needs_labels = kind != "pca"  # type: ignore[misc]
-        self._state = GradientState(max_samples, whiten)
+        self._state = self._fresh_state()
 
     def config(self) -> dict[str, Any]:
         names = (
@@ -98,9 +98,12 @@ class ProjectedHeadGradient(Representation):
             **{name: getattr(self, name) for name in names},
         }
 
+    def _fresh_state(self) -> GradientState:
+        return GradientState(self.max_samples, self.whiten, per_class=self.kind != "pca")
+
     def begin(self, classifier: Classifier) -> None:
         self.fitted = {}
-        self._state = GradientState(self.max_samples, self.whiten)
+        self._state = self._fresh_state()
 
     def absorb(self, z: Signals, labels: Tensor | None, indices: Tensor) -> None:
         """Take in one reference batch: its signals, and labels or predictions to balance by."""
@@ -133,7 +136,7 @@ class ProjectedHeadGradient(Representation):
     def replay(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """What the kept samples became: (z, labels, indices) in blocks, once, after ``finish``."""
         sample = self._state.sample()
-        self._state = GradientState(self.max_samples, self.whiten)
+        self._state = self._fresh_state()
         for start in range(0, len(sample["indices"]), REPLAYED_ROWS):
             rows = {name: tensor[start : start + REPLAYED_ROWS] for name, tensor in sample.items()}
             yield self._project(rows["delta"], rows["features"]), rows["labels"], rows["indices"]

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from grood_fast.errors import InputError
+from grood_fast.hashing import hash_indices
 from grood_fast.subspaces import forms
 from grood_fast.subspaces.components import (
+    Anchors,
     Components,
+    FormedAnchors,
+    RankOneAnchors,
     class_average_directions,
     class_mean_components,
     explicit_components,
     formed,
-    inner_products,
     principal_components,
 )
 from grood_fast.subspaces.forms import FORMS, Form
@@ -87,76 +90,97 @@ def build(
     if whiten and (kind != "pca" or form not in ("auto", "dense")):
         raise InputError("whitening goes with kind='pca' and form='dense' (or 'auto') only.")
     sample = _anchors(state, max_anchors)
-    delta, features, labels = sample["delta"], sample["features"], sample["labels"]
-    classes, dim = delta.shape[1], features.shape[1]
-    scale = _inverse_deviations(state) if whiten else None
-
-    def components_of(d: Tensor, h: Tensor) -> Components:
-        if kind == "pca":
-            if n_components is None:
-                raise InputError("PCA needs n_components.")
-            if d.shape[1] * h.shape[1] <= len(d) or scale is not None:
-                needed = 8 * d.numel() * h.shape[1]
-                if needed > FORMED_BUDGET:
-                    raise InputError(
-                        f"whitening forms {len(d)} gradients of {d.shape[1]} x {h.shape[1]}, "
-                        f"{needed / 2**30:.1f} GiB: give a smaller max_anchors, or whiten=False."
-                    )
-                return explicit_components(formed(d, h, scale), n_components, centred)
-            return principal_components(inner_products(d, h), n_components, centred)
-        products = inner_products(d, h)
-        if kind == "class_means":
-            return class_mean_components(products, labels, kept_share, n_components)
-        return class_average_directions(products, labels)
-
+    pairs = RankOneAnchors(sample["delta"], sample["features"], sample["labels"])
+    classes, dim = pairs.delta.shape[1], pairs.features.shape[1]
     left, right = _mode_directions(state, centred)
-    rough_components = n_components or len(torch.unique(labels))
+    rough_components = n_components or len(torch.unique(pairs.labels))
     ranks = forms.ranks_for(
         left[0], right[0], max(1, min(classes * dim, max(FACTORED_NUMBERS, 8 * rough_components)))
     )
-    counted = forms.costs(len(delta), classes, dim, rough_components, ranks)
+    counted = forms.costs(len(pairs), classes, dim, rough_components, ranks)
     chosen: Form = "dense" if whiten else forms.choose(counted) if form == "auto" else form
     if chosen not in FORMS:
         raise InputError(f"unknown form {form!r}; known: auto, {', '.join(FORMS)}.")
 
-    total = _total_variance(delta, features)
-    kept = 1.0
-    if chosen == "factored":
-        u, v = left[1][:, : ranks[0]].float(), right[1][:, : ranks[1]].float()
-        reduced = delta @ u, features @ v
-        found = components_of(*reduced)
-        basis = forms.combine(*reduced, found.coefficients)
-        kept = _total_variance(*reduced) / total
-        mean = _mean(*reduced, found.weights)
-        tensors = forms.factored(u, v, basis, _offset(basis, mean))
-    else:
-        found = components_of(delta, features)
-        mean = _mean(delta, features, found.weights)
-        if chosen == "dense":
-            basis = forms.combine(delta, features, found.coefficients)
-            if scale is not None:
-                basis *= scale.square()
-            tensors = forms.dense(basis, _offset(basis, mean))
-        else:
-            along = ((delta.double() @ mean) * features.double()).sum(dim=1)
-            tensors = forms.dual(delta, features, found.coefficients, found.coefficients.T @ along)
-    facts = {
+    # Class means over all samples, where they are kept and need not be made of the anchors.
+    exact = kind != "pca" and chosen != "dual" and bool(state.class_sums)
+    whole: Anchors = _class_means(state) if exact else pairs
+    facts: dict[str, Any] = {
         "kind": kind,
         "form": chosen,
-        "components": found.coefficients.shape[1],
-        "anchors": len(delta),
-        "share_of_reference": len(delta) / state.count,
+        "anchors": len(whole),
+        "share_of_reference": 1.0 if exact else len(pairs) / state.count,
         "multiplications": {name: round(cost) for name, cost in counted.items()},
-        "ranks": list(ranks) if chosen == "factored" else None,
-        "share_kept_by_ranks": min(kept, 1.0),
+        "ranks": None,
+        "share_kept_by_ranks": 1.0,
+    }
+    seen: Anchors = whole
+    scale: Tensor | None = None
+    if chosen == "factored":
+        u, v = left[1][:, : ranks[0]], right[1][:, : ranks[1]]
+        seen = whole.reduced(u, v)
+        kept = pairs.reduced(u, v).total_variance / pairs.total_variance
+        facts |= {"ranks": list(ranks), "share_kept_by_ranks": min(kept, 1.0)}
+    if kind == "class_means":
+        found = class_mean_components(seen.inner_products(), seen.labels, kept_share, n_components)
+    elif kind == "class_averages":
+        found = class_average_directions(seen.inner_products(), seen.labels)
+    elif n_components is None:
+        raise InputError("PCA needs n_components.")
+    elif whiten:
+        scale, floor = _inverse_deviations(state)
+        facts |= {"whitening_quantile": WHITENING_QUANTILE, "whitening_floor": floor}
+        found = explicit_components(_formed(pairs, scale), n_components, centred)
+    elif isinstance(seen, RankOneAnchors) and seen.delta[0].numel() * seen.features[
+        0
+    ].numel() <= len(seen):
+        found = explicit_components(_formed(seen), n_components, centred)
+    else:
+        found = principal_components(seen.inner_products(), n_components, centred)
+
+    centre = whole.combine(found.weights.unsqueeze(1))[0]
+    if chosen == "dual":
+        along = ((pairs.delta.double() @ centre) * pairs.features.double()).sum(dim=1)
+        tensors = forms.dual(
+            pairs.delta, pairs.features, found.coefficients, found.coefficients.T @ along
+        )
+    else:
+        basis = seen.combine(found.coefficients)
+        if scale is not None:
+            basis *= scale.square()
+        mean = seen.combine(found.weights.unsqueeze(1))[0]
+        offset = basis.flatten(1) @ mean.flatten()
+        if chosen == "dense":
+            tensors = forms.dense(basis, offset)
+        else:
+            tensors = forms.factored(u, v, basis, offset)
+    facts |= {
+        "components": found.coefficients.shape[1],
         "explained_variance": float(found.explained_variance_ratio.sum()),
     }
-    return Subspace(tensors, _mean(delta, features, found.weights), found, chosen, facts)
+    return Subspace(tensors, centre, found, chosen, facts)
+
+
+def _class_means(state: GradientState) -> FormedAnchors:
+    known = sorted(state.class_sums.items())
+    return FormedAnchors(
+        torch.stack([total / count for _, (count, total) in known]),
+        torch.tensor([label for label, _ in known], device=known[0][1][1].device),
+    )
+
+
+def _formed(pairs: RankOneAnchors, scale: Tensor | None = None) -> Tensor:
+    needed = 8 * pairs.delta.numel() * pairs.features.shape[1]
+    if needed > FORMED_BUDGET:
+        raise InputError(
+            f"whitening forms {len(pairs)} gradients of {pairs.delta.shape[1]} x "
+            f"{pairs.features.shape[1]}, {needed / 2**30:.1f} GiB: give a smaller max_anchors, or "
+            "whiten=False."
+        )
+    return formed(pairs.delta, pairs.features, scale)
 
 
 def _anchors(state: GradientState, most: int) -> dict[str, Tensor]:
-    from grood_fast.hashing import hash_indices
-
     sample = state.sample()
     if len(sample["indices"]) <= most:
         return sample
@@ -165,16 +189,18 @@ def _anchors(state: GradientState, most: int) -> dict[str, Tensor]:
     return {name: rows[chosen] for name, rows in sample.items()}
 
 
-def _inverse_deviations(state: GradientState) -> Tensor:
-    """(C, D) 1/σ of every entry, in closed form over all samples; 0 where nothing varies."""
+def _inverse_deviations(state: GradientState) -> tuple[Tensor, float]:
+    """(C, D) 1/σ of every entry, in closed form over all samples, 0 where nothing varies; and the
+    variance that smaller ones were raised to."""
     assert state.squares is not None, "the state was made without elementwise=True"
     assert state.gradient is not None
     variance = state.squares / state.count - (state.gradient / state.count).square()
-    positive = variance > 0
-    if not bool(positive.any()):
+    positive = variance[variance > 0]
+    if not len(positive):
         raise InputError("the reference gradients do not vary: there is nothing to whiten.")
-    floor = torch.quantile(variance[positive][:10_000_000], WHITENING_QUANTILE)
-    return torch.where(positive, variance.clamp(min=floor).rsqrt(), 0.0)
+    rank = max(1, round(WHITENING_QUANTILE * len(positive)))
+    floor = float(positive.kthvalue(rank).values)
+    return torch.where(variance > 0, variance.clamp(min=floor).rsqrt(), 0.0), floor
 
 
 def _mode_directions(
@@ -194,19 +220,3 @@ def _mode_directions(
         values, vectors = torch.linalg.eigh(covariance)
         result.append((values.flip(0), vectors.flip(1)))
     return result[0], result[1]
-
-
-def _mean(delta: Tensor, features: Tensor, weights: Tensor) -> Tensor:
-    """(C, D) float64 Σ wᵢ δᵢhᵢᵀ."""
-    return (delta.double() * weights.unsqueeze(1)).T @ features.double()
-
-
-def _offset(basis: Tensor, mean: Tensor) -> Tensor:
-    return basis.flatten(1) @ mean.flatten()
-
-
-def _total_variance(delta: Tensor, features: Tensor) -> float:
-    d, h = delta.double(), features.double()
-    squares = d.square().sum(dim=1) * h.square().sum(dim=1)
-    mean = d.T @ h / len(d)
-    return float(squares.mean() - mean.square().sum())

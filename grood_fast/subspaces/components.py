@@ -8,6 +8,7 @@ products K = (ΔΔᵀ) ∘ (HHᵀ); everything here is float64.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +38,77 @@ class Components:
     weights: Tensor
     variances: Tensor
     explained_variance_ratio: Tensor
+
+
+class Anchors(Protocol):
+    """N gradients that directions are combinations of."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64 classes."""
+
+    def __len__(self) -> int: ...
+
+    def inner_products(self) -> Tensor:
+        """(N, N) float64."""
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """(K, C, D) float64 combinations by columns of (N, K)."""
+
+    def reduced(self, left: Tensor, right: Tensor) -> Anchors:
+        """The same in the span of columns (C, m) on one side and (D, n) on the other."""
+
+
+@dataclass(frozen=True)
+class RankOneAnchors:
+    """Gradients δhᵀ of (N, C) and (N, D), not formed."""
+
+    delta: Tensor
+    features: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.delta)
+
+    def inner_products(self) -> Tensor:
+        return inner_products(self.delta, self.features)
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        d, h = self.delta.double(), self.features.double()
+        return torch.stack([(d * weights.unsqueeze(1)).T @ h for weights in coefficients.T])
+
+    def reduced(self, left: Tensor, right: Tensor) -> RankOneAnchors:
+        return RankOneAnchors(
+            self.delta.double() @ left, self.features.double() @ right, self.labels
+        )
+
+    @property
+    def total_variance(self) -> float:
+        """Mean squared distance from the mean gradient."""
+        d, h = self.delta.double(), self.features.double()
+        squares = d.square().sum(dim=1) * h.square().sum(dim=1)
+        return float(squares.mean() - (d.T @ h / len(d)).square().sum())
+
+
+@dataclass(frozen=True)
+class FormedAnchors:
+    """Gradients of any rank, (N, C, D): few, such as the classes' means."""
+
+    gradients: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.gradients)
+
+    def inner_products(self) -> Tensor:
+        flat = self.gradients.flatten(1)
+        return flat @ flat.T
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        return torch.einsum("nk,ncd->kcd", coefficients, self.gradients)
+
+    def reduced(self, left: Tensor, right: Tensor) -> FormedAnchors:
+        return FormedAnchors(left.T @ self.gradients @ right, self.labels)
 
 
 def inner_products(delta: Tensor, features: Tensor) -> Tensor:

@@ -80,12 +80,6 @@ def factored(left: Tensor, right: Tensor, basis: Tensor, offset: Tensor) -> dict
     return {"left": left.float(), "right": right.float(), **dense(basis, offset)}
 
 
-def combine(delta: Tensor, features: Tensor, coefficients: Tensor) -> Tensor:
-    """(K, C, D) float64 directions Σᵢ Aᵢₖ δᵢhᵢᵀ of (N, C), (N, D) and (N, K)."""
-    d, h = delta.double(), features.double()
-    return torch.stack([(d * weights.unsqueeze(1)).T @ h for weights in coefficients.T])
-
-
 def costs(
     anchors: int, classes: int, features: int, components: int, ranks: tuple[int, int]
 ) -> dict[Form, float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from grood_fast.errors import InputError
 from grood_fast.subspaces import GradientState, build, choose, costs, project
 from grood_fast.subspaces.components import (
+    FormedAnchors,
     inner_products,
     leading_eigenvectors,
     principal_components,
@@ -87,14 +88,17 @@ def test_pca_is_that_of_the_formed_gradients(
 
 
 def test_whitening_divides_every_entry_by_its_deviation() -> None:
-    delta, h, labels = factors()
+    delta, h, labels = factors(300, 20, 20)
     state = state_of(delta, h, labels, elementwise=True)
     subspace = build(state, kind="pca", n_components=5, whiten=True)
     gradients = explicit(delta, h)
     mean, variance = gradients.mean(dim=0), gradients.var(dim=0, unbiased=False)
-    deviation = variance.clamp(min=torch.quantile(variance, 0.01)).sqrt()
+    floor = float(variance.sort().values[3])  # the 1 % quantile of 400
+    assert subspace.facts["whitening_quantile"] == 0.01
+    assert subspace.facts["whitening_floor"] == pytest.approx(floor)
+    deviation = variance.clamp(min=floor).sqrt()
     directions, _ = principal_directions((gradients - mean) / deviation, 5)
-    new_delta, new_h, _ = factors(20, seed=1)
+    new_delta, new_h, _ = factors(20, 20, 20, seed=1)
     expected = ((explicit(new_delta, new_h) - mean) / deviation) @ directions
     z = project(subspace.tensors, new_delta, new_h)
     assert up_to_sign(z.double(), expected) < 1e-5
@@ -116,6 +120,57 @@ def test_class_means(form: Any) -> None:
     assert z.shape == expected.shape
     assert up_to_sign(z.double(), expected) < 1e-5
     torch.testing.assert_close(subspace.centre.flatten(), centre, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["class_means", "class_averages"])
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_class_sums_make_class_means_exact(kind: Any, form: Any) -> None:
+    """From a sample of 12 the directions are off; from all samples' sums they are not."""
+    delta, h, labels = factors()
+    gradients = explicit(delta, h)
+    means = torch.stack([gradients[labels == label].mean(dim=0) for label in range(3)])
+    centred = means - means.mean(dim=0)
+    errors = {}
+    for per_class in (False, True):
+        state = state_of(delta, h, labels, max_samples=12, per_class=per_class)
+        subspace = build(state, kind=kind, n_components=None, kept_share=1.0, form=form)
+        z = project(subspace.tensors, delta, h).double()
+        # Whichever directions: they span the centred means, and hold all their length.
+        matrix = subspace.tensors["basis"].double()
+        if form == "factored":
+            left, right = (subspace.tensors[side].double() for side in ("left", "right"))
+            matrix = left @ matrix @ right.T
+        rows = torch.linalg.qr(matrix.flatten(1).T).Q.T
+        errors[per_class] = float((centred - centred @ rows.T @ rows).norm() / centred.norm())
+        centre = float((subspace.centre.flatten() - means.mean(dim=0)).norm() / means.norm())
+        assert (centre < 1e-9) == per_class
+        assert z.isfinite().all()
+        assert subspace.facts["share_of_reference"] == (1 if per_class else pytest.approx(12 / N))
+    assert errors[True] < 1e-6 < 1e-2 < errors[False]
+
+
+def test_gradpcas_identity() -> None:
+    """With the summed logits, PCA of class-mean gradients is PCA of class-mean features."""
+    _, h, labels = factors()
+    one = torch.ones(N, C, dtype=torch.float64)
+    predicted = torch.nn.functional.one_hot(h[:, :C].argmax(dim=1), C).double()
+    means = torch.stack([h[labels == label].mean(dim=0) for label in range(3)])
+    _, _, directions = torch.linalg.svd(means - means.mean(dim=0))
+    centred = h - means.mean(dim=0)
+    twin = (centred @ directions[:2].T).norm(dim=1) / centred.norm(dim=1)
+    shares = {}
+    for name, delta in (("logit_sum", one), ("max_logit", predicted)):
+        state = state_of(delta, h, labels, per_class=True)
+        subspace = build(state, kind="class_means", n_components=2, kept_share=1.0, form="dense")
+        whole = FormedAnchors(
+            torch.stack([state.class_sums[c][1] / state.class_sums[c][0] for c in range(3)]),
+            torch.arange(3),
+        )
+        basis = whole.combine(subspace.components.coefficients).flatten(1)  # float64
+        new = explicit(delta, h) - subspace.centre.flatten()
+        shares[name] = (new @ basis.T).norm(dim=1) / new.norm(dim=1)
+    torch.testing.assert_close(shares["logit_sum"], twin, rtol=0, atol=1e-10)
+    assert (shares["max_logit"] - twin).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("form", ["dual", "dense", "factored"])
@@ -155,7 +210,7 @@ def test_a_factored_form_of_fewer_ranks_says_what_it_keeps() -> None:
 
 def test_shards_in_any_order_are_one_pass() -> None:
     delta, h, labels = factors()
-    options = {"max_samples": 40, "elementwise": True}
+    options = {"max_samples": 40, "elementwise": True, "per_class": True}
     whole = state_of(delta, h, labels, **options)
     parts = torch.arange(N).tensor_split(3)
     for order in itertools.permutations(range(3)):
@@ -170,6 +225,10 @@ def test_shards_in_any_order_are_one_pass() -> None:
             torch.testing.assert_close(
                 getattr(merged, name), getattr(whole, name), rtol=1e-12, atol=1e-12
             )
+        assert merged.class_sums.keys() == whole.class_sums.keys() == {0, 1, 2}
+        for label, (count, total) in merged.class_sums.items():
+            assert count == whole.class_sums[label][0] == 30
+            torch.testing.assert_close(total, whole.class_sums[label][1], rtol=1e-12, atol=1e-12)
         for name, rows in merged.sample().items():
             assert torch.equal(rows, whole.sample()[name]), name
     assert len(whole.sample()["labels"]) == 40
