@@ -98,7 +98,7 @@ def demo(
     """
     from torch.utils.data import DataLoader, TensorDataset
 
-    from grood_fast.detectors import DETECTORS
+    from grood_fast.detectors import DETECTORS, by_unique_name, with_twins
     from grood_fast.evaluation.benchmark import evaluate
     from grood_fast.evaluation.datasets import far_ood, fashion_mnist
     from grood_fast.evaluation.networks import Recipe, trained_network
@@ -114,7 +114,8 @@ def demo(
         splits = fashion_mnist().held_out(classes)
         far = far_ood()
     network = trained_network(Recipe(classes, seed))
-    detectors = fit(network.model, loader(splits.train), list(DETECTORS))
+    everything = with_twins(by_unique_name(DETECTORS))
+    detectors = fit(network.model, loader(splits.train), list(everything.values()))
     report = evaluate(
         network.model,
         list(detectors.values()),

@@ -8,7 +8,7 @@ come, counts and reservoirs end up identical and sums agree to rounding in float
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -86,6 +86,18 @@ def checked_labels(labels: Tensor | None, rows: Tensor, num_classes: int | None 
                 "must hold in-distribution samples only, with the classes numbered from 0."
             )
     return labels
+
+
+def warn_of_missing_classes(seen: Sequence[int], classes: int) -> None:
+    """Warn (:class:`FitWarning`) where not all classes from 0 to C − 1 have been seen."""
+    missing = sorted(set(range(classes)) - set(seen))
+    if missing:
+        names = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
+        warn(
+            f"{len(missing)} of {classes} classes have no reference samples ({names}): they are "
+            "left out, so their samples will look out of distribution.",
+            FitWarning,
+        )
 
 
 def require_finite(rows: Tensor, indices: Tensor | None = None, what: str = "features") -> None:
@@ -337,16 +349,7 @@ class ClassMoments:
         seen = self.counts.nonzero().flatten()
         if len(seen) == 0:
             raise _no_samples()
-        missing = (self.counts == 0).nonzero().flatten().tolist()
-        if missing:
-            names = ", ".join(str(label) for label in missing[:5]) + (
-                ", …" if len(missing) > 5 else ""
-            )
-            warn(
-                f"{len(missing)} of {len(self.counts)} classes have no reference samples "
-                f"({names}): they are left out, so their samples will look out of distribution.",
-                FitWarning,
-            )
+        warn_of_missing_classes(seen.tolist(), len(self.counts))
         return seen
 
     def within_scatter(self) -> Tensor:

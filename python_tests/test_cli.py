@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from grood_fast import cli
-from grood_fast.detectors import DETECTORS
+from grood_fast.detectors import DETECTORS, by_unique_name, with_twins
 
 runner = CliRunner()
 
@@ -88,7 +88,9 @@ def test_evaluate_own_model_and_folders(workplace):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    names = ["msp", "maxlogit", "energy", "gen", "gradnorm", "exgrad"]
+    names = [
+        "msp", "maxlogit", "energy", "gen", "gradnorm", "gradnorm-twin", "exgrad", "exgrad-twin",
+    ]  # fmt: skip
     assert [(r["detector"], r["dataset"]) for r in report["results"]] == [
         (name, dataset) for dataset in ("noise", "dark") for name in names
     ]
@@ -185,6 +187,7 @@ def test_demo_from_the_cache(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert {r["group"] for r in report["results"]} == {"near", "far"}
-    assert len({r["detector"] for r in report["results"]}) == len(DETECTORS)
+    expected = with_twins(by_unique_name(DETECTORS))
+    assert {r["detector"] for r in report["results"]} == set(expected) > set(DETECTORS)
     assert (tmp_path / "out/demo/scores.png").exists()
     assert json.loads((tmp_path / "out/demo/report.json").read_text()) == report

@@ -12,6 +12,7 @@ from grood_fast.detectors.named import (
     LowDimensionalGradient,
     by_unique_name,
     detector,
+    with_twins,
 )
 from grood_fast.detectors.passes import Fitting, fit_together, score_together
 
@@ -28,4 +29,5 @@ __all__ = [
     "detector",
     "fit_together",
     "score_together",
+    "with_twins",
 ]

@@ -321,6 +321,7 @@ class Detector:
                 score, _rebuilt(REPRESENTATIONS, header["representation"]), header["name"]
             )
             detector.card = dict(header["card"])
+            detector.representation.facts = dict(detector.card.get("representation", {}))
             detector._sketch = SampleSketch(tensors["sketch"], header["sketch_complete"])
             for part, component in detector._parts().items():
                 prefix = f"{part}."
@@ -353,6 +354,14 @@ class Detector:
         for component in self._parts().values():
             component.to(device)
         return self
+
+    def activation_twin(self) -> Detector | None:
+        """The same score on the activations alone, unfitted: what the gradient adds shows beside
+        it. None for a detector that reads no gradient."""
+        activations = self.representation.activations()
+        if activations is None:
+            return None
+        return Detector(self.score_function.on_activations(), activations, f"{self.name}-twin")
 
     # --- what a pass asks of it ---------------------------------------------------------------
 

@@ -7,8 +7,8 @@ constructor.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal
 
 from grood_fast.detectors.base import Detector
 from grood_fast.errors import InputError
@@ -67,29 +67,55 @@ class LowDimensionalGradient(Detector):
     reference (or on the class averages), without ever being formed. The paper takes all parameters
     of the network; this is the last layer's part of it.
 
+    Presets, any part of which another argument replaces:
+
+    - ``"cifar"``: the paper's for CIFAR-10, 200 principal components of entries divided by their
+      standard deviation, and the 5th neighbour.
+    - ``"imagenet"``: the paper's for ImageNet, one direction a class, and the 10th neighbour;
+      without that division, which would need all C directions formed.
+
     Args:
-        n_components: K; the paper's 200 for CIFAR-10.
+        n_components: K; 64 unless told.
         objective: whose gradient; the paper's ``"energy"``.
-        kind: ``"pca"``, or ``"class_averages"``, the paper's choice for ImageNet.
-        score: on the coordinates; default :class:`~grood_fast.scores.KNN` with the paper's k = 5 on
-            unit-length vectors.
+        kind: ``"pca"``, or ``"class_averages"``.
+        score: on the coordinates; default :class:`~grood_fast.scores.KNN` with k = 5 on
+            unit-length vectors. :class:`~grood_fast.scores.LinearProbe` is the paper's other way.
+        preset: ``"cifar"`` or ``"imagenet"``.
         **options: further arguments of
-            :class:`~grood_fast.representations.ProjectedHeadGradient`, such as ``whiten=True`` for
-            the paper's normalisation.
+            :class:`~grood_fast.representations.ProjectedHeadGradient`.
+
+    Raises:
+        InputError: an unknown preset, or settings that do not go together.
     """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "cifar": {"n_components": 200, "whiten": True},
+        "imagenet": {"kind": "class_averages", "k": 10},
+    }
 
     def __init__(
         self,
-        n_components: int = 64,
-        objective: Objective | str = "energy",
-        kind: Literal["pca", "class_averages"] = "pca",
+        n_components: int | None = None,
+        objective: Objective | str | None = None,
+        kind: Literal["pca", "class_averages"] | None = None,
         score: Score | None = None,
+        preset: Literal["cifar", "imagenet"] | None = None,
         **options: Any,
     ) -> None:
-        projected = ProjectedHeadGradient(
-            objective, kind=kind, n_components=n_components, **options
+        if preset not in (None, *self.PRESETS):
+            raise InputError(f"unknown preset {preset!r}; known: {', '.join(self.PRESETS)}.")
+        told = {"n_components": n_components, "objective": objective, "kind": kind}
+        settings: dict[str, Any] = {
+            "n_components": 64,
+            "k": 5,
+            **(self.PRESETS[preset] if preset else {}),
+            **{name: value for name, value in told.items() if value is not None},
+            **options,
+        }
+        nearest = KNN(k=settings.pop("k"))
+        super().__init__(
+            nearest if score is None else score, ProjectedHeadGradient(**settings), name="ldg"
         )
-        super().__init__(KNN(k=5) if score is None else score, projected, name="ldg")
 
 
 class GradPCA(Detector):
@@ -192,3 +218,18 @@ def by_unique_name(specs: Iterable[str | Score | Detector]) -> dict[str, Detecto
             made.name = name
         named[name] = made
     return named
+
+
+def with_twins(detectors: Mapping[str, Detector]) -> dict[str, Detector]:
+    """The same, each gradient detector followed by its twin on the activations alone.
+
+    Twins that are among them already are not made again.
+    """
+    beside: dict[str, Detector] = {}
+    for name, known in detectors.items():
+        beside[name] = known
+        twin = known.activation_twin()
+        if twin is not None and f"{name}-twin" not in detectors:
+            twin.name = f"{name}-twin"
+            beside[twin.name] = twin
+    return beside

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 
 from grood_fast.batches import Batch, order_warning, preview
 from grood_fast.classifier import Classifier, Precision
-from grood_fast.detectors import Detector, fit_together, score_together
+from grood_fast.detectors import Detector, fit_together, score_together, with_twins
 from grood_fast.environment import environment
-from grood_fast.errors import InputError
+from grood_fast.errors import FitWarning, InputError, warn
 from grood_fast.evaluation.metrics import accuracy, evaluate_scores
 from grood_fast.evaluation.report import Costs, Report, Result
 from grood_fast.results import Scores, ScoreTable
@@ -41,6 +41,7 @@ def evaluate(
     reference: Iterable[Any] | None = None,
     head: str | None = None,
     precision: Precision | None = None,
+    twins: bool = True,
     confidence: float = 0.95,
     resamples: int = 200,
     progress: bool = True,
@@ -57,6 +58,7 @@ def evaluate(
             {...}}``), of which means are reported too.
         reference: in-distribution samples for the detectors that are not fitted yet.
         head, precision: see :func:`grood_fast.score`.
+        twins: beside each gradient detector, report the same score on the activations alone.
         confidence, resamples: of the bootstrap intervals; see
             :func:`grood_fast.evaluation.metrics.evaluate_scores`.
         progress: show progress bars.
@@ -65,6 +67,9 @@ def evaluate(
         InputError, NotFittedError, HeadNotFoundError: as :func:`grood_fast.score`.
     """
     found, _ = named(detectors)
+    asked = set(found)
+    if twins:
+        found = with_twins(found)
     if not isinstance(ood, Mapping) or not ood:
         raise InputError(
             "ood maps names to loaders, {'mnist': loader}, or groups to such mappings, and is not "
@@ -80,6 +85,12 @@ def evaluate(
     missing = unfitted(classifier, found.values())
     if reference is not None:
         fit_together(classifier, missing, reference, progress=progress)
+    elif left_out := [one.name for one in missing if one.name not in asked]:
+        found = {name: one for name, one in found.items() if name not in left_out}
+        warn(
+            f"{', '.join(left_out)} needs a fit and is left out: pass reference=, or twins=False.",
+            FitWarning,
+        )
     first, batches = preview(id)
     id_scores = score_together(classifier, found, batches, progress=progress)
     costs = measure_costs(classifier, found, first)

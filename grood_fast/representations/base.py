@@ -30,6 +30,11 @@ class Representation(Component):
     def __call__(self, signals: Signals) -> Any:
         """The representation of one batch; first dimension B where it is a tensor."""
 
+    def activations(self) -> Representation | None:
+        """What is left of it without a gradient: an unfitted representation of the activations
+        alone that the same scores can read. None where it is one already."""
+        return None
+
     def replay(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
         """Of one that learns, once after ``finish``: what reference samples became, their labels
         or predicted classes, and their indices, in blocks. The score is fitted on these."""

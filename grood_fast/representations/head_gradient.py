@@ -52,6 +52,12 @@ class HeadGradient(Representation):
     def config(self) -> dict[str, Any]:
         return {"objective": self.objective.config(), "bias": self.bias}
 
+    def activations(self) -> HeadGradient | None:
+        """The gradient of the summed logits, 1hᵀ, which carries the features and nothing else."""
+        if self.objective.name == "logit_sum":
+            return None
+        return HeadGradient("logit_sum", self.bias)
+
     def __call__(self, signals: Signals) -> HeadGradientFactors:
         features, dtype = signals.features, signals.logits.dtype
         if torch.float64 in (features.dtype, dtype):  # a model may cast its output

@@ -12,8 +12,9 @@ from grood_fast.classifier import Classifier
 from grood_fast.errors import InputError
 from grood_fast.objectives import Objective
 from grood_fast.representations.base import Representation
+from grood_fast.representations.forward import PenultimateFeatures
 from grood_fast.signals import Signals
-from grood_fast.statistics import require_same_config
+from grood_fast.statistics import require_same_config, warn_of_missing_classes
 from grood_fast.subspaces import FORMS, KINDS, GradientState, build, project
 
 REPLAYED_ROWS = 1024
@@ -115,6 +116,9 @@ class ProjectedHeadGradient(Representation):
         self._state.merge(other._state)
 
     def finish(self) -> None:
+        if self.kind != "pca":
+            sample = self._state.sample()
+            warn_of_missing_classes(sample["labels"].tolist(), sample["delta"].shape[1])
         subspace = build(
             self._state,
             kind=self.kind,
@@ -132,6 +136,24 @@ class ProjectedHeadGradient(Representation):
         if self.output == "norms":
             self.fitted["centre"] = subspace.centre.float()
         self.facts = subspace.facts
+
+    def __repr__(self) -> str:
+        if not self.facts:
+            return super().__repr__()
+        form, components = self.facts["form"], self.facts["components"]
+        return (
+            f"{super().__repr__()} [{form} form of {components} components, "
+            f"{self.facts['multiplications'][form]:,} multiplications a sample]"
+        )
+
+    def activations(self) -> Representation | None:
+        """The penultimate features; for norms the summed logits' gradient, which carries only
+        them."""
+        if self.output == "coordinates":
+            return PenultimateFeatures()
+        if self.objective.name == "logit_sum":
+            return None
+        return ProjectedHeadGradient(**{**self.config(), "objective": "logit_sum"})
 
     def replay(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """What the kept samples became: (z, labels, indices) in blocks, once, after ``finish``."""

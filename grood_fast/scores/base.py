@@ -22,3 +22,7 @@ class Score(Component):
     @abstractmethod
     def __call__(self, z: Any) -> Tensor:
         """Scores of one batch, shape (B,), floating point; higher = more OOD."""
+
+    def on_activations(self) -> Score:
+        """This score, unfitted, as it reads the activations alone."""
+        return self.fresh()

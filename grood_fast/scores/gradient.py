@@ -58,3 +58,7 @@ class ExpectedGradientNorm(Score):
         uncertainty = summary.l1 - temperature * summary.l2.square()
         features = z.features.to(uncertainty.dtype)  # half precision cannot hold the sum
         return 2 * (ops.reference.row_norm(features, "l1") + z.bias) * uncertainty
+
+    def on_activations(self) -> GradientNorm:
+        """The factor ‖h‖₁ alone: the softmax is the gradient's part."""
+        return GradientNorm("l1")

@@ -119,8 +119,6 @@ def build(
     if chosen == "factored":
         u, v = left[1][:, : ranks[0]], right[1][:, : ranks[1]]
         seen = whole.reduced(u, v)
-        kept = pairs.reduced(u, v).total_variance / pairs.total_variance
-        facts |= {"ranks": list(ranks), "share_kept_by_ranks": min(kept, 1.0)}
     if kind == "class_means":
         found = class_mean_components(seen.inner_products(), seen.labels, kept_share, n_components)
     elif kind == "class_averages":
@@ -154,6 +152,8 @@ def build(
             tensors = forms.dense(basis, offset)
         else:
             tensors = forms.factored(u, v, basis, offset)
+            kept = pairs.reduced(u, v).total_variance / pairs.total_variance
+            facts |= {"ranks": list(ranks), "share_kept_by_ranks": min(kept, 1.0)}
     facts |= {
         "components": found.coefficients.shape[1],
         "explained_variance": float(found.explained_variance_ratio.sum()),

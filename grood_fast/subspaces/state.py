@@ -70,15 +70,15 @@ class GradientState:
         Args:
             delta: (B, C) floating point.
             features: (B, D) floating point; with a column of ones for the bias.
-            labels: (B,) integers from 0 on: to balance the sample, and for the classes' sums.
+            labels: (B,) integers in [0, C): to balance the sample, and for the classes' sums.
             indices: (B,) int64, positions in the reference data.
 
         Raises:
-            InputError: for other shapes, labels below 0, or NaN or Inf among the values.
+            InputError: for other shapes, labels out of range, or NaN or Inf among the values.
         """
         require_rows(delta, what="δ")
         require_rows(features)
-        labels = checked_labels(labels, delta)
+        labels = checked_labels(labels, delta, delta.shape[1])
         self._reservoir.absorb(
             {"delta": delta.float(), "features": features.float(), "labels": labels}, indices
         )

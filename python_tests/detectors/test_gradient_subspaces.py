@@ -13,10 +13,19 @@ from torch import Tensor, nn
 
 from grood_fast import scoring
 from grood_fast.classifier import Classifier
-from grood_fast.detectors import Detector, Fitting, GradPCA, LowDimensionalGradient
-from grood_fast.errors import InputError, NotFittedError
-from grood_fast.representations import ProjectedHeadGradient
-from grood_fast.scores import KNN, Mahalanobis, SubspaceResidual
+from grood_fast.detectors import (
+    Detector,
+    ExGrad,
+    Fitting,
+    GradNorm,
+    GradPCA,
+    LowDimensionalGradient,
+    by_unique_name,
+    with_twins,
+)
+from grood_fast.errors import FitWarning, InputError, NotFittedError
+from grood_fast.representations import HeadGradient, ProjectedHeadGradient
+from grood_fast.scores import KNN, GradientNorm, Mahalanobis, Norm, SubspaceResidual
 from grood_fast.signals import stream
 
 REFERENCE = toys.batches(90)
@@ -160,3 +169,107 @@ def test_settings_that_do_not_go_together() -> None:
     plain.fit(toys.Net(), REFERENCE, progress=False)
     with pytest.raises(InputError, match="output='norms'"):
         plain.score([X], progress=False)
+
+
+def test_the_papers_presets() -> None:
+    cifar = LowDimensionalGradient(preset="cifar", max_samples=500)
+    assert isinstance(cifar.representation, ProjectedHeadGradient)
+    config = cifar.representation.config()
+    assert (config["kind"], config["n_components"], config["whiten"]) == ("pca", 200, True)
+    assert config["max_samples"] == 500
+    assert cifar.score_function.config()["k"] == 5
+    cifar.fit(toys.Net(), REFERENCE, progress=False)
+    assert cifar.card["representation"]["form"] == "dense"
+    imagenet = LowDimensionalGradient(preset="imagenet").fit(toys.Net(), REFERENCE, progress=False)
+    assert imagenet.score_function.config()["k"] == 10
+    assert imagenet.card["representation"]["kind"] == "class_averages"
+    assert imagenet.card["representation"]["components"] == toys.CLASSES
+    changed = LowDimensionalGradient(preset="imagenet", score=Mahalanobis(), objective="max_logit")
+    assert isinstance(changed.score_function, Mahalanobis)
+    with pytest.raises(InputError, match="unknown preset 'mnist'; known: cifar, imagenet"):
+        LowDimensionalGradient(preset="mnist")  # type: ignore[arg-type]
+
+
+def test_what_was_chosen_and_what_it_costs_is_in_repr_also_after_loading(tmp_path: Path) -> None:
+    model = toys.Net()
+    detector = LowDimensionalGradient(4)
+    assert "multiplications" not in repr(detector)
+    detector.fit(model, REFERENCE, progress=False)
+    facts = detector.card["representation"]
+    count = facts["multiplications"][facts["form"]]
+    said = f"[{facts['form']} form of 4 components, {count:,} multiplications a sample]"
+    assert said in repr(detector)
+    detector.save(tmp_path / "file")
+    assert said in repr(scoring.load(tmp_path / "file", model))
+
+
+def test_ranks_smaller_than_asked_for_are_stated() -> None:
+    repeated = [(x[:4].repeat(4, 1), y[:4].repeat(4)) for x, y in REFERENCE[:1]]
+    detector = LowDimensionalGradient(10, score=KNN(k=2)).fit(toys.Net(), repeated, progress=False)
+    assert detector.card["representation"]["components"] == 3  # of four different samples
+    assert "3 components" in repr(detector)
+
+
+@pytest.mark.parametrize("make", [GradPCA, lambda: LowDimensionalGradient(preset="imagenet")])
+def test_labels_that_do_not_fit_the_model(make: Any) -> None:
+    for wrong in (-1, toys.CLASSES):
+        labels = REFERENCE[0][1].clone()
+        labels[3] = wrong
+        with pytest.raises(InputError, match=f"at least 0 and less than {toys.CLASSES}"):
+            make().fit(toys.Net(), [(REFERENCE[0][0], labels)], progress=False)
+    some = [(x[y != 1], y[y != 1]) for x, y in REFERENCE]
+    with pytest.warns(FitWarning, match=r"1 of 3 classes have no reference samples \(1\)"):
+        detector = make().fit(toys.Net(), some, progress=False)
+    assert detector.score([X], progress=False).as_subclass(Tensor).isfinite().all()
+
+
+def test_constant_features_span_nothing() -> None:
+    model = toys.Net().eval()
+    same = [(X[:1].repeat(20, 1), torch.arange(20) % toys.CLASSES)]
+    for make in (LowDimensionalGradient, GradPCA):
+        with pytest.raises(InputError, match=r"vary|differ"):
+            make().fit(model, same, progress=False)
+
+
+TWINS: dict[str, tuple[Any, Any]] = {
+    "ldg": (lambda: LowDimensionalGradient(4, score=KNN(k=3)), lambda: Detector(KNN(k=3))),
+    "gradpca": (lambda: GradPCA(bias=True), lambda: GradPCA("logit_sum", bias=True)),
+    "gradnorm": (
+        lambda: GradNorm("l2"),
+        lambda: Detector(GradientNorm("l2"), HeadGradient("logit_sum")),
+    ),
+    "exgrad": (ExGrad, lambda: Detector(Norm("l1", negated=True))),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_twins_see_the_activations_alone(name: str) -> None:
+    make, expected = TWINS[name]
+    model = toys.Net()
+    twin = make().activation_twin()
+    assert twin is not None
+    assert twin.name == f"{name}-twin"
+    table = scoring.score(model, [X], [twin, expected()], reference=REFERENCE, progress=False)
+    first, second = (scores.as_subclass(Tensor) for scores in table.values())
+    if name == "exgrad":  # ‖1hᵀ‖₁ = C ‖h‖₁
+        second = second * toys.CLASSES
+    torch.testing.assert_close(first, second)
+    assert twin.activation_twin() is None
+    # The logits do not matter to it.
+    other = toys.Net()
+    other.load_state_dict(model.state_dict())
+    torch.nn.init.normal_(other.head.weight)
+    again = make().activation_twin()
+    assert again is not None
+    scores = scoring.score(other, [X], again, reference=REFERENCE, progress=False)
+    torch.testing.assert_close(scores.as_subclass(Tensor), first)
+
+
+def test_twins_stand_beside_their_detectors() -> None:
+    known = by_unique_name(["knn", "gradnorm", LowDimensionalGradient(4), "exgrad"])
+    beside = with_twins(known)
+    assert list(beside) == [
+        "knn", "gradnorm", "gradnorm-twin", "ldg", "ldg-twin", "exgrad", "exgrad-twin",
+    ]  # fmt: skip
+    assert beside["ldg"] is known["ldg"]
+    assert with_twins(beside) == beside

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import grood_fast as gf
 from grood_fast.classifier import Classifier
-from grood_fast.errors import InputError, LoaderWarning, NotFittedError, ScoreWarning
+from grood_fast.errors import FitWarning, InputError, LoaderWarning, NotFittedError, ScoreWarning
 from grood_fast.evaluation.benchmark import evaluate, measure_costs
 from grood_fast.evaluation.plots import plot_report
 
@@ -178,3 +178,19 @@ def test_a_picture_of_some_detectors(model, tmp_path):
     with pytest.raises(InputError, match="no detectors"):
         plot_report(report, tmp_path / "x.png", ["vim"])
     assert not (tmp_path / "x.png").exists()
+
+
+def test_twins_are_reported_beside_gradient_detectors(model):
+    options = {"id": loader(50), "ood": {"a": loader(30, 0.5, 1)}, "progress": False}
+    some = ["energy", "gradnorm", gf.LowDimensionalGradient(4, score=gf.KNN(k=3))]
+    report = evaluate(model, some, reference=loader(80, seed=3), **options)
+    assert report.detectors == ["energy", "gradnorm", "gradnorm-twin", "ldg", "ldg-twin"]
+    same = evaluate(model, gf.Detector(gf.KNN(k=3)), reference=loader(80, seed=3), **options)
+    assert report.result("ldg-twin", "a").metrics == same.result("knn", "a").metrics
+    without = evaluate(model, some, reference=loader(80, seed=3), twins=False, **options)
+    assert without.detectors == ["energy", "gradnorm", "ldg"]
+    fitted = gf.fit(model, loader(80, seed=3), some[2])
+    with pytest.warns(FitWarning, match="ldg-twin needs a fit and is left out"):
+        assert evaluate(model, ["gradnorm", fitted], **options).detectors == [
+            "gradnorm", "gradnorm-twin", "ldg",
+        ]  # fmt: skip

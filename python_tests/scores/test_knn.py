@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from typing import Any
 
@@ -255,3 +256,15 @@ def test_says_how_to_get_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(InputError, match=r'pip install "grood-fast\[faiss\]"'):
         KNN(backend="faiss")
+
+
+@pytest.mark.parametrize("count", [1, 7, 60])
+@pytest.mark.parametrize("size", [60, 100, 959, 4000, 4013])
+def test_the_smallest_are_selected_by_groups(size: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    values = torch.randint(0, 500, (20, size), generator=generator).float()  # with ties
+    values[3, 5], values[4] = -math.inf, math.inf
+    found, where = knn._smallest(values, count)
+    assert torch.equal(found, values.sort(dim=1).values[:, :count])
+    assert torch.equal(values.gather(1, where), found)
+    assert all(len(set(row)) == count for row in where.tolist())
