@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from grood_fast.errors import GroodFastError as GroodFastError
     from grood_fast.evaluation import Report as Report
     from grood_fast.evaluation import evaluate as evaluate
+    from grood_fast.evaluation import select as select
+    from grood_fast.evaluation import variants as variants
     from grood_fast.objectives import Objective as Objective
     from grood_fast.representations import HeadGradient as HeadGradient
     from grood_fast.representations import Logits as Logits
@@ -62,7 +64,7 @@ _PUBLIC = {
         "detector",
     ),
     "errors": ("GroodFastError",),
-    "evaluation": ("Report", "evaluate"),
+    "evaluation": ("Report", "evaluate", "select", "variants"),
     "objectives": ("Objective",),
     "representations": ("HeadGradient", "Logits", "PenultimateFeatures", "ProjectedHeadGradient"),
     "results": ("ScoreTable", "Scores"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from grood_fast.evaluation.benchmark import evaluate, measure_costs
 from grood_fast.evaluation.metrics import Metrics, evaluate_scores, paired_difference
 from grood_fast.evaluation.report import Costs, Report, Result
+from grood_fast.evaluation.selection import select, variants
 
 __all__ = [
     "Costs",
@@ -15,4 +16,6 @@ __all__ = [
     "evaluate_scores",
     "measure_costs",
     "paired_difference",
+    "select",
+    "variants",
 ]
