@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FINGERPRINT_VALUES = 4096
-"""Of samples with more numbers than about this, evenly spaced ones are hashed."""
+FINGERPRINT_VALUES = 512
+"""Of samples with more numbers than this, so many or fewer, evenly spaced, are hashed."""
 
 
 def hash_indices(indices: Tensor, seed: int = 0) -> Tensor:
@@ -35,7 +35,7 @@ def hash_rows(rows: Tensor) -> Tensor:
         (B,) int64, on the CPU.
     """
     flat = rows.detach().reshape(len(rows), rows[:1].numel() if len(rows) else 1)
-    flat = flat[:, :: max(1, flat.shape[1] // FINGERPRINT_VALUES)]
+    flat = flat[:, :: max(1, -(-flat.shape[1] // FINGERPRINT_VALUES))]
     bits = flat.to("cpu", torch.float64).contiguous().view(torch.int64)
     positions = torch.arange(1, bits.shape[1] + 1)
     return _mix(_mix(bits + positions * _signed(_GOLDEN)).sum(dim=1))

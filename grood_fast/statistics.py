@@ -22,6 +22,9 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 CLASS_SCATTER_BUDGET = 4 << 30
 """Default limit in bytes on what a :class:`ClassMoments` may hold."""
 
+SLACK = 0.25
+"""How much more than its capacity a :class:`Reservoir` holds before it chooses."""
+
 
 def keeps_state(method: Method) -> Method:
     """Run a method without autograd and outside inference mode.
@@ -390,7 +393,8 @@ class Reservoir:
 
     A row's key is a 64-bit hash of (sample index, seed); the rows with the smallest keys are kept.
     So what is kept depends on which samples were seen alone: not on their order, batches or
-    shards. Rows keep their dtype and device; memory is that of the kept rows.
+    shards. Rows keep their dtype and device; memory is that of the kept
+    rows, a quarter more, and a batch.
 
     Args:
         capacity: how many rows to keep; None keeps all.
@@ -412,7 +416,7 @@ class Reservoir:
         self.balanced = balanced
         self.seed = seed
         self.seen = 0
-        self._kept = 0
+        self._held = 0
         self._buffers: dict[str, Tensor] = {}
 
     def config(self) -> dict[str, Any]:
@@ -421,8 +425,8 @@ class Reservoir:
 
     @property
     def kept(self) -> int:
-        """Number of rows held now."""
-        return self._kept
+        """Number of rows that :meth:`finish` would give now."""
+        return self._held if self.capacity is None else min(self._held, self.capacity)
 
     @keeps_state
     def absorb(self, columns: Mapping[str, Tensor], indices: Tensor) -> None:
@@ -459,7 +463,7 @@ class Reservoir:
         """Add what ``other`` has absorbed; ``other`` is left as it was."""
         require_same_config(self, other)
         if other._buffers:
-            self._insert({name: rows[: other._kept] for name, rows in other._buffers.items()})
+            self._insert({name: rows[: other._held] for name, rows in other._buffers.items()})
             self.seen += other.seen
 
     @keeps_state
@@ -469,33 +473,32 @@ class Reservoir:
         Raises:
             InputError: when nothing was absorbed.
         """
-        if self._kept == 0:
+        if self._held == 0:
             raise _no_samples()
-        order = self._buffers["indices"][: self._kept].argsort()
-        return {name: rows[: self._kept][order] for name, rows in self._buffers.items()}
+        self._prune()
+        order = self._buffers["indices"][: self._held].argsort()
+        return {name: rows[: self._held][order] for name, rows in self._buffers.items()}
 
     def _insert(self, columns: dict[str, Tensor]) -> None:
         columns = self._fitting(columns)
-        kept, arriving = self._kept, len(columns["indices"])
-        together = kept + arriving
-        self._kept = together if self.capacity is None else min(together, self.capacity)
+        start = self._held
+        self._held += len(columns["indices"])
         self._grow()
-        if self._kept == together:
-            for name, buffer in self._buffers.items():
-                buffer[kept : self._kept] = columns[name]
-            return
-        # Full: the newcomers that belong take the places of the rows that no longer do.
-        chosen = self._chosen(
-            {
-                name: torch.cat([self._buffers[name][:kept], columns[name]])
-                for name in (["indices", "labels"] if self.balanced else ["indices"])
-            }
-        )
-        entering = chosen[kept:].nonzero().flatten()
-        leaving = (~chosen[:kept]).nonzero().flatten()
-        slots = torch.cat([leaving, torch.arange(kept, self._kept, device=leaving.device)])
         for name, buffer in self._buffers.items():
-            buffer[slots] = columns[name][entering]
+            buffer[start : self._held] = columns[name]
+        # Choosing takes sorting: some rows wait for more to be sorted with.
+        if self.capacity is not None and self._held > self.capacity * (1 + SLACK):
+            self._prune()
+
+    def _prune(self) -> None:
+        """Let go of the rows beyond the capacity."""
+        if self.capacity is None or self._held <= self.capacity:
+            return
+        keys = ["indices", "labels"] if self.balanced else ["indices"]
+        chosen = self._chosen({name: self._buffers[name][: self._held] for name in keys})
+        for buffer in self._buffers.values():
+            buffer[: self.capacity] = buffer[: self._held][chosen]
+        self._held = self.capacity
 
     def _fitting(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
         """The columns on the buffers' device, after the first batch has settled what they are."""
@@ -516,11 +519,11 @@ class Reservoir:
 
     def _grow(self) -> None:
         size = len(self._buffers["indices"])
-        if self._kept <= size:
+        if self._held <= size:
             return
-        size = max(self._kept, 2 * size)
+        size = max(self._held, 2 * size)
         if self.capacity is not None:
-            size = min(size, self.capacity)
+            size = max(self._held, min(size, int(self.capacity * (1 + SLACK))))
         for name, buffer in self._buffers.items():
             self._buffers[name] = buffer.new_empty(size, *buffer.shape[1:])
             self._buffers[name][: len(buffer)] = buffer

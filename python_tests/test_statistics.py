@@ -269,11 +269,12 @@ class TestReservoir:
         assert torch.equal(reservoir.finish()["rows"], rows)
         assert reservoir._buffers["rows"].shape[0] < 2000
 
-    def test_holds_no_more_than_its_capacity(self) -> None:
+    def test_holds_little_more_than_its_capacity(self) -> None:
         reservoir = Reservoir(50)
         for batch in torch.arange(1000).split(33):
             reservoir.absorb({"rows": torch.rand(len(batch), 3)}, batch)
-        assert reservoir._buffers["rows"].shape == (50, 3)
+            assert reservoir.kept <= 50
+        assert len(reservoir._buffers["rows"]) <= 50 * 1.25 + 33
 
     def test_the_sample_is_uniform_and_changes_with_the_seed(self) -> None:
         kept = []

@@ -98,32 +98,48 @@ class SampleSketch:
 
     Args:
         fingerprints, complete: of a sketch made before; default: an empty one.
-
-    Attributes:
-        fingerprints: at most ``SKETCH_SIZE`` distinct int64, ascending, on the CPU.
-        complete: whether none had to be dropped.
     """
 
     def __init__(self, fingerprints: Tensor | None = None, complete: bool = True) -> None:
         empty = torch.empty(0, dtype=torch.int64)
-        self.fingerprints = empty if fingerprints is None else fingerprints
-        self.complete = complete
+        self._fingerprints = empty if fingerprints is None else fingerprints
+        self._complete = complete
+        self._arrived: list[Tensor] = []
+
+    @property
+    def fingerprints(self) -> Tensor:
+        """At most ``SKETCH_SIZE`` distinct int64, ascending, on the CPU."""
+        self._sort_in()
+        return self._fingerprints
+
+    @property
+    def complete(self) -> bool:
+        """Whether none had to be dropped."""
+        self._sort_in()
+        return self._complete
 
     def absorb(self, fingerprints: Tensor) -> None:
         """Take in (B,) int64 fingerprints."""
-        if not self.complete:
-            fingerprints = fingerprints[fingerprints <= self.fingerprints[-1]]
-        if len(fingerprints) == 0:
-            return
-        together = _distinct(self.fingerprints, fingerprints.cpu())
-        self.complete &= len(together) <= SKETCH_SIZE
-        self.fingerprints = together[:SKETCH_SIZE]
+        if not self._complete:
+            fingerprints = fingerprints[fingerprints <= self._fingerprints[-1]]
+        self._arrived.append(fingerprints.cpu())
+        # Sorting them in is worth its price for many at once only.
+        if sum(map(len, self._arrived)) >= SKETCH_SIZE // 8:
+            self._sort_in()
 
     def merge(self, other: SampleSketch) -> None:
         """Add what another sketch has absorbed."""
-        together = _distinct(self.fingerprints, other.fingerprints)
-        self.complete &= other.complete and len(together) <= SKETCH_SIZE
-        self.fingerprints = together[:SKETCH_SIZE]
+        self._arrived.append(other.fingerprints)
+        self._sort_in()
+        self._complete &= other.complete
+
+    def _sort_in(self) -> None:
+        if not self._arrived:
+            return
+        distinct: Tensor = torch.unique(torch.cat([self._fingerprints, *self._arrived]))
+        self._arrived = []
+        self._complete &= len(distinct) <= SKETCH_SIZE
+        self._fingerprints = distinct[:SKETCH_SIZE]
 
     def seen(self, fingerprints: Tensor) -> tuple[int, int]:
         """How many of (B,) fingerprints could be looked up, and how many of those were seen."""
@@ -131,8 +147,3 @@ class SampleSketch:
         if not self.complete:
             fingerprints = fingerprints[fingerprints <= self.fingerprints[-1]]
         return len(fingerprints), int(torch.isin(fingerprints, self.fingerprints).sum())
-
-
-def _distinct(*fingerprints: Tensor) -> Tensor:
-    distinct: Tensor = torch.unique(torch.cat(fingerprints))
-    return distinct
