@@ -82,6 +82,23 @@ class Batch:
         labels = None if self.labels is None else self.labels[:count]
         return replace(self.map_inputs(lambda tensor: tensor[:count]), labels=labels, size=count)
 
+    def rows(self, indices: Tensor) -> Batch:
+        """The samples of the given indices, (M,) int64 on the batch's device.
+
+        Raises:
+            InputError: some tensor argument has not B rows.
+        """
+        inputs = (*self.args, *self.kwargs.values())
+        if not all(_has_rows(value, self.size) for value in inputs if isinstance(value, Tensor)):
+            raise InputError(
+                f"Samples cannot be chosen from a batch of {self.size} ({_describe_inputs(self)}): "
+                "every tensor in it must have one row a sample."
+            )
+        labels = None if self.labels is None else self.labels[indices]
+        return replace(
+            self.map_inputs(lambda tensor: tensor[indices]), labels=labels, size=len(indices)
+        )
+
 
 def join(first: Batch, second: Batch) -> Batch:
     """The samples of two batches as one, without labels.
