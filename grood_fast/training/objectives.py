@@ -276,13 +276,14 @@ class TrainingObjective:
                 norm = self._separate_penalty(classifier, batch, met * shares, shares)
             parts["gradient"] = weight * norm
         right = (logits[:count].detach().argmax(dim=1) == inliers.labels).float().mean()
+        found = energies.detach()
         return Terms(
             parts,
-            met[:count].float().mean(),
-            met[count:].float().mean(),
-            energies[:count].detach().median(),
-            energies[count:].detach().median() if len(energies) > count else energies.new_zeros(()),
-            right,
+            met_in=met[:count].float().mean(),
+            met_out=met[count:].float().sum() / max(1, len(met) - count),
+            energy_in=found[:count].median(),
+            energy_out=found[count:].median() if len(found) > count else found.new_zeros(()),
+            accuracy=right,
         )
 
     def _separate_penalty(
