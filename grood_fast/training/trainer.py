@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -378,11 +379,10 @@ class Trainer:
                 reference.energy(signals.logits.float())
                 for signals in stream(self.classifier, batches, frozenset())
             ]
-            median = torch.cat(energies).median()
+            everywhere = [torch.cat(energies).tolist()] * self._world
             if self._world > 1:
-                dist.all_reduce(median)
-                median /= self._world
-            medians.append(float(median))
+                dist.all_gather_object(everywhere, everywhere[0])
+            medians.append(statistics.median(value for part in everywhere for value in part))
         inside, outside = medians
         if inside > outside:
             inside = outside = (inside + outside) / 2
