@@ -35,6 +35,8 @@ class TrainingRecipe:
         outlier_ratio: A/B, outliers a step for each ID sample.
         pool_ratio: candidates a step for each ID sample, from which the outliers are chosen.
         clusters: of k-means; None: as many as ID samples.
+        sampling_precision: "bf16" looks at the candidates in bfloat16: faster where the hardware
+            multiplies it, and it only has to rank them.
         epochs: passes over the ID loader.
         steps: optimiser steps, instead of epochs.
         optimizer: "sgd" or "adam".
@@ -69,6 +71,7 @@ class TrainingRecipe:
     outlier_ratio: float = 1.0
     pool_ratio: float = 6.0
     clusters: int | None = None
+    sampling_precision: Precision = "fp32"
     epochs: int = 10
     steps: int | None = None
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -95,6 +98,7 @@ class TrainingRecipe:
             ("optimizer", self.optimizer, ("sgd", "adam")),
             ("schedule", self.schedule, ("cosine", "step", "constant")),
             ("precision", self.precision, ("fp32", "bf16")),
+            ("sampling_precision", self.sampling_precision, ("fp32", "bf16")),
             ("sampling", self.sampling, STRATEGIES),
         ):
             if value not in known:

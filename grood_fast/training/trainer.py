@@ -143,6 +143,7 @@ class Trainer:
         progress: bool = True,
     ) -> None:
         self.classifier = Classifier(model, head)
+        self._chooser = Classifier(model, head, recipe.sampling_precision)
         self.recipe = recipe
         self.steps_per_epoch = _steps_per_epoch(id_loader, recipe)
         self.steps = recipe.steps or recipe.epochs * self.steps_per_epoch
@@ -278,7 +279,7 @@ class Trainer:
             return None
         recipe = self.recipe
         return self._sampler.sample(
-            self.classifier,
+            self._chooser,
             self._outliers,
             count=max(1, round(recipe.outlier_ratio * inliers.size)),
             pool=round(recipe.pool_ratio * inliers.size),

@@ -324,7 +324,7 @@ class TestRecipes:
     def test_bf16_and_clipping(self) -> None:
         result = train(
             Net(), batches(32), [samples(64, 1)], "greg+", steps=2, progress=False, clip=0.1,
-            precision="bf16", margins="auto",
+            precision="bf16", sampling_precision="bf16", margins="auto",
         )  # fmt: skip
         assert np.isfinite(result.last["loss"])
 
