@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 
 from grood_fast import cli
@@ -288,8 +289,18 @@ def test_train_without_outliers(workplace):
 
 @pytest.mark.data
 def test_demo_train(monkeypatch):
+    def few(function):
+        def cut(*arguments):
+            named = function(*arguments)
+            return {name: TensorDataset(*data[:100]) for name, data in named.items()}
+
+        return cut
+
+    for name in ("far_ood", "validation_outliers"):
+        monkeypatch.setattr(datasets, name, few(getattr(datasets, name)))
     result = run("demo-train", "--steps", "2", "--json")
     assert result.exit_code == 0, result.output + repr(result.exception)
     facts = json.loads(result.stdout)
     for part in ("before", "after"):
         assert {r["dataset"] for r in facts[part]["results"]} >= {"held-out", "mnist"}
+    assert facts["best"]["step"] in (0, 1, 2)
