@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from grood_fast import cli
 from grood_fast.detectors import DETECTORS, by_unique_name, with_twins
+from grood_fast.evaluation import datasets
 
 runner = CliRunner()
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -107,6 +107,8 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.rules = geometry, rules
         ctx.bias_sizes = None if bias is None else list(bias.shape)
+        # What the loss sends to the network's own input is of no use to anybody.
+        ctx.is_input = x.is_leaf and not isinstance(x, nn.Parameter)
         out: Tensor = torch.ops.aten.convolution(x, weight, bias, *geometry)
         return out
 
@@ -118,8 +120,7 @@ class _Convolution(torch.autograd.Function):
                 return None, None, None, None, None
             inner = _ConvolutionInput.apply(grad, weight, x.detach(), ctx.geometry)  # type: ignore[no-untyped-call]
             return inner, None, None, None, None
-        # What the loss sends to the network's own input is of no use to anybody.
-        wanted = [ctx.needs_input_grad[0] and x.grad_fn is not None, *ctx.needs_input_grad[1:3]]
+        wanted = [ctx.needs_input_grad[0] and not ctx.is_input, *ctx.needs_input_grad[1:3]]
         results = torch.ops.aten.convolution_backward(
             grad, x, weight, ctx.bias_sizes, *ctx.geometry, wanted
         )

@@ -204,7 +204,11 @@ class Trainer:
                 "another folder."
             )
         model = self.classifier.model
-        with _modes_kept(model), self._streams.entered(), torch.enable_grad():
+        with ExitStack() as stack:
+            stack.enter_context(_modes_kept(model))
+            stack.enter_context(self._streams.entered())
+            stack.enter_context(torch.enable_grad())
+            stack.callback(self._optimizer.zero_grad, set_to_none=True)
             if found:
                 self._read_checkpoint()
             else:
@@ -246,7 +250,7 @@ class Trainer:
         batches = recipe.accumulate * self._world
         self.classifier.model.train()
         self._optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, float] = {}
+        pending: list[tuple[int, dict[str, Tensor]]] = []
         for _ in range(recipe.accumulate):
             inliers = self._inliers.next().to(self.classifier.device)
             terms = objective(
@@ -256,11 +260,14 @@ class Trainer:
                 precision=recipe.precision,
                 batches=batches,
             )
-            numbers = self._checked(terms.numbers())
-            for name, value in numbers.items():
-                sums[name] = sums.get(name, 0.0) + value / recipe.accumulate
             loss = terms.total / recipe.accumulate
             loss.backward(inputs=self._parameters)  # type: ignore[no-untyped-call]
+            pending.append((self._inliers.position, terms.numbers()))
+        # Looked at only now: a GPU has had all of its work by then.
+        sums: dict[str, float] = {}
+        for batch, numbers in pending:
+            for name, value in self._checked(numbers, batch).items():
+                sums[name] = sums.get(name, 0.0) + value / recipe.accumulate
         self._average_gradients()
         if recipe.clip is not None:
             nn.utils.clip_grad_norm_(self._parameters, recipe.clip)
@@ -286,7 +293,7 @@ class Trainer:
             clusters=recipe.clusters or inliers.size,
         )
 
-    def _checked(self, numbers: dict[str, Tensor]) -> dict[str, float]:
+    def _checked(self, numbers: dict[str, Tensor], batch: int) -> dict[str, float]:
         """As Python numbers, averaged over the processes, all finite."""
         together = torch.stack(list(numbers.values()))
         if self._world > 1:
@@ -296,7 +303,7 @@ class Trainer:
         parts = ("cross_entropy", "outliers", "gradient")
         wrong = [n for n in parts if n in values and not torch.isfinite(torch.tensor(values[n]))]
         if wrong:
-            where = f"epoch {self._inliers.epoch + 1}, batch {self._inliers.position}"
+            where = f"epoch {self._inliers.epoch + 1}, batch {batch}"
             kept = (
                 "" if self._folder is None else f" The last checkpoint in {self._folder} is good."
             )
@@ -368,7 +375,6 @@ class Trainer:
     def _auto_margins(self) -> Margins:
         """Median energies of the ID samples and of the outliers, in evaluation mode; where the
         outliers' is the lower one, the middle of the two for both."""
-        assert self._outliers is not None or self.recipe.outliers is None
         if self._outliers is None:
             return Margins()
         medians = []
@@ -453,7 +459,6 @@ class Trainer:
 
     def _finish(self) -> None:
         """Give the model the best weights, or without validation the last (averaged) ones."""
-        self._optimizer.zero_grad(set_to_none=True)
         model = self.classifier.model
         if self._progress.best is None:
             model.load_state_dict(self._average or model.state_dict())
