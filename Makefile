@@ -18,7 +18,7 @@ READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-cpp bench lint format check-install check-aarch64 clean
+.PHONY: help setup demo demo-train greg-study test test-cpp bench lint format check-install check-aarch64 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -40,6 +40,13 @@ $(READY): Makefile pyproject.toml setup.py $(SOURCES)
 
 demo: setup  ## score near and far OOD data with every detector, print the table, draw the picture
 	$(BIN)/grood-fast demo
+
+demo-train: setup  ## fine-tune the demo's network with GReg+ and print before and after
+	$(BIN)/grood-fast demo-train
+
+greg-study: setup  ## GReg against its baselines, three seeds; hours, and goes on where it stopped
+	while $(BIN)/python benchmarks/greg_study.py next; do :; done
+	$(BIN)/python benchmarks/greg_study.py table
 
 test: setup  ## the Python tests, and the C++ tests where GoogleTest is installed
 	$(BIN)/python -m pytest

@@ -51,6 +51,12 @@ if TYPE_CHECKING:
     from grood_fast.scoring import fit as fit
     from grood_fast.scoring import load as load
     from grood_fast.scoring import score as score
+    from grood_fast.training import GradientRegularizer as GradientRegularizer
+    from grood_fast.training import Margins as Margins
+    from grood_fast.training import OutlierSampler as OutlierSampler
+    from grood_fast.training import Trainer as Trainer
+    from grood_fast.training import TrainingRecipe as TrainingRecipe
+    from grood_fast.training import train as train
 
 _PUBLIC = {
     "detectors": (
@@ -87,6 +93,14 @@ _PUBLIC = {
         "ViM",
     ),
     "scoring": ("fit", "load", "score"),
+    "training": (
+        "GradientRegularizer",
+        "Margins",
+        "OutlierSampler",
+        "Trainer",
+        "TrainingRecipe",
+        "train",
+    ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

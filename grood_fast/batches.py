@@ -82,6 +82,50 @@ class Batch:
         labels = None if self.labels is None else self.labels[:count]
         return replace(self.map_inputs(lambda tensor: tensor[:count]), labels=labels, size=count)
 
+    def rows(self, indices: Tensor) -> Batch:
+        """The samples of the given indices, (M,) int64 on the batch's device.
+
+        Raises:
+            InputError: some tensor argument has not B rows.
+        """
+        inputs = (*self.args, *self.kwargs.values())
+        if not all(_has_rows(value, self.size) for value in inputs if isinstance(value, Tensor)):
+            raise InputError(
+                f"Samples cannot be chosen from a batch of {self.size} ({_describe_inputs(self)}): "
+                "every tensor in it must have one row a sample."
+            )
+        labels = None if self.labels is None else self.labels[indices]
+        return replace(
+            self.map_inputs(lambda tensor: tensor[indices]), labels=labels, size=len(indices)
+        )
+
+
+def join(first: Batch, second: Batch) -> Batch:
+    """The samples of two batches as one, without labels.
+
+    Raises:
+        InputError: their inputs have different names, numbers or shapes.
+    """
+
+    def both(one: Any, other: Any) -> Any:
+        if _has_rows(one, first.size) and _has_rows(other, second.size):
+            return torch.cat([one, other])
+        if type(one) is not type(other) or isinstance(one, Tensor) or one != other:
+            raise TypeError
+        return one
+
+    try:
+        if first.kwargs.keys() != second.kwargs.keys():
+            raise TypeError
+        args = tuple(both(*pair) for pair in zip(first.args, second.args, strict=True))
+        kwargs = {name: both(first.kwargs[name], second.kwargs[name]) for name in first.kwargs}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"Two batches cannot be joined: one is {_describe_inputs(first)}, the other "
+            f"{_describe_inputs(second)}. Prepare both kinds of samples alike."
+        ) from error
+    return Batch(args, kwargs, None, first.size + second.size)
+
 
 def parse_batch(batch: Any) -> Batch:
     """Read what a loader yielded.
@@ -229,6 +273,12 @@ def _class_labels(target: Any, size: int) -> Tensor | None:
 
 def _has_rows(value: Any, size: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
+
+
+def _describe_inputs(batch: Batch) -> str:
+    parts = [*map(_describe, batch.args)]
+    parts += [f"{name}: {_describe(value)}" for name, value in batch.kwargs.items()]
+    return ", ".join(parts)
 
 
 def _describe(value: Any) -> str:

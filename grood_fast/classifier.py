@@ -254,10 +254,32 @@ class Classifier:
                 ) from error
             raise
         logits = _logits(output, batch.size)
-        features = self._features(session, batch.size) if session.features else None
+        features = self._features(session.calls, batch.size) if session.features else None
         if self.precision == "bf16":
             return logits.float(), None if features is None else features.float()
         return logits, features
+
+    def differentiable(self, batch: Batch, features: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, C) and, if asked for, penultimate features (B, D), for training.
+
+        The model runs as it stands: in its own mode, recorded by autograd, under the caller's
+        autocast, outside of any session. The batch is taken to be on the model's device.
+
+        Raises:
+            HeadNotFoundError, InputError: as :meth:`forward`.
+        """
+        if not features:
+            return _logits(_call(self.model, batch), batch.size), None
+        self.find_head(batch)
+        calls: list[_Call] = []
+        with _recording(self.head_name, self._head.module, calls):
+            logits = _logits(_call(self.model, batch), batch.size)
+        return logits, self._features(calls, batch.size)
+
+    @property
+    def trainable_weight(self) -> Tensor:
+        """The head's weight, (C, D), as autograd knows it."""
+        return cast(Tensor, self._head.module.weight).flatten(1)
 
     @property
     def _head(self) -> _Head:
@@ -338,15 +360,15 @@ class Classifier:
             session.stack.enter_context(_recording(self.head_name, head, session.calls))
         return network
 
-    def _features(self, session: _Session, size: int) -> Tensor:
+    def _features(self, calls: list[_Call], size: int) -> Tensor:
         expected = (size, self.num_features)
-        if len(session.calls) < -self._head.call:
+        if len(calls) < -self._head.call:
             raise InputError(
                 f"The head {self.head_name!r} was not called for this batch, as it was for the "
                 "first: the model must take the same path for every batch."
             )
-        features = session.calls[self._head.call].features
-        session.calls.clear()
+        features = calls[self._head.call].features
+        calls.clear()
         assert features is not None  # the head was chosen because it maps a tensor
         if features.numel() != size * self.num_features:
             raise InputError(

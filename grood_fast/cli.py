@@ -1,4 +1,4 @@
-"""The command line: ``grood-fast demo``, ``grood-fast env``, ``grood-fast evaluate``."""
+"""The command line: ``grood-fast demo``, ``env``, ``evaluate``, ``train`` and ``demo-train``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -188,26 +188,21 @@ def evaluate(
     The detectors are msp, maxlogit, energy, gen, gradnorm and exgrad, and with --reference also
     those that are fitted, unless --detector says otherwise.
     """
-    from torch.utils.data import DataLoader
-
     from grood_fast.detectors import DETECTORS
     from grood_fast.detectors import detector as make
     from grood_fast.evaluation import evaluate as compare
-    from grood_fast.evaluation.datasets import ImageFolderDataset
     from grood_fast.evaluation.plots import plot_report
 
+    preparation = {
+        "resize": resize,
+        "crop": crop,
+        "mean": None if mean is None else _numbers(mean, float, "--mean"),
+        "std": None if std is None else _numbers(std, float, "--std"),
+        "grayscale": grayscale,
+    }
+
     def images(folder: Path) -> DataLoader[Any]:
-        data = ImageFolderDataset(
-            folder,
-            resize=resize,
-            crop=crop,
-            mean=None if mean is None else _numbers(mean, float, "--mean"),
-            std=None if std is None else _numbers(std, float, "--std"),
-            grayscale=grayscale,
-        )
-        return DataLoader(
-            data, batch_size, num_workers=workers, collate_fn=partial(_collate, bool(data.classes))
-        )
+        return _image_loader(folder, preparation, batch_size, workers)
 
     for path, suffixes in ((save, None), (plot, (".png", ".svg", ".pdf"))):
         if path is not None and not path.parent.is_dir():
@@ -220,12 +215,7 @@ def evaluate(
             f"the OOD folders need different names, got {', '.join(ood_folders)}: give them as "
             "name=folder."
         )
-    network = _model(model)
-    if device is not None:
-        try:
-            network = network.to(device)
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"--device {device}: {error}") from error
+    network = _on_device(_model(model), device)
     names = [_with_options(text) for text in detector or ()] or [
         make(name) for name in DETECTORS if reference is not None or not make(name).needs_fit
     ]
@@ -246,6 +236,182 @@ def evaluate(
         sys.stdout.write(report.to_json() + "\n")
     else:
         _print_report(report, f"{type(network).__name__} on {id_folder}")
+
+
+@app.command("train")
+def train_on_folders(
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A TOML or YAML file with any of these options, and recipe fields."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="module:function, which returns the torch.nn.Module.")
+    ] = None,
+    id_folder: Annotated[
+        Path | None, typer.Option("--id", help="ID training images; sub-folders are classes.")
+    ] = None,
+    outliers: Annotated[
+        Path | None, typer.Option(help="Outliers to train with, unlike those to be tested on.")
+    ] = None,
+    id_validation: Annotated[Path | None, typer.Option(help="Held-out ID images.")] = None,
+    ood_validation: Annotated[
+        list[str] | None, typer.Option(help="name=folder, or a folder; may be given again.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where checkpoints and logs go.")] = None,
+    method: Annotated[str | None, typer.Option(help="greg, greg+, energy, oe or ce.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe by name, for the method's.")] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="field=value of the recipe, as epochs=3; may be given again."),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2, help="ID images a step.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes a loader.")] = None,
+    augment: Annotated[
+        bool | None, typer.Option(help="Shift and mirror training images at random.")
+    ] = None,
+    resize: Annotated[int | None, typer.Option(help="Length of the shorter side.")] = None,
+    crop: Annotated[int | None, typer.Option(help="Side of the central square.")] = None,
+    mean: Annotated[str | None, typer.Option(help="One number, or one a channel: a,b,c")] = None,
+    std: Annotated[str | None, typer.Option(help="One number, or one a channel: a,b,c")] = None,
+    grayscale: Annotated[bool | None, typer.Option(help="One channel instead of three.")] = None,
+    head: Annotated[str | None, typer.Option(help="Name of the last linear layer.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where the model runs, such as cuda.")] = None,
+    tensorboard: Annotated[bool | None, typer.Option(help="Write its event files too.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue the training in --out.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train your own classifier with outliers, from folders of images.
+
+    The best weights go to best.safetensors in --out; grood_fast.training.load_weights loads them.
+    """
+    from grood_fast.training import train
+    from grood_fast.training.configuration import TrainingConfiguration
+
+    given = {
+        "model": model,
+        "id": id_folder,
+        "outliers": outliers,
+        "id_validation": id_validation,
+        "ood_validation": None if not ood_validation else dict(map(_named_folder, ood_validation)),
+        "out": out,
+        "method": method,
+        "recipe": recipe,
+        "batch_size": batch_size,
+        "workers": workers,
+        "augment": augment,
+        "resize": resize,
+        "crop": crop,
+        "mean": None if mean is None else _numbers(mean, float, "--mean"),
+        "std": None if std is None else _numbers(std, float, "--std"),
+        "grayscale": grayscale,
+        "head": head,
+        "device": device,
+        "tensorboard": tensorboard,
+    }
+    settings = TrainingConfiguration.read(config, given, change or [])
+
+    def images(folder: Path, training: bool = False) -> DataLoader[Any]:
+        return _image_loader(
+            folder,
+            settings.preparation,
+            settings.batch_size,
+            settings.workers,
+            training,
+            training and settings.augment,
+        )
+
+    network = _on_device(_model(settings.model), settings.device)
+    result = train(
+        network,
+        images(settings.id, training=True),
+        None if settings.outliers is None else images(settings.outliers, training=True),
+        settings.method,
+        recipe=settings.recipe,
+        id_validation=None if settings.id_validation is None else images(settings.id_validation),
+        ood_validation={name: images(folder) for name, folder in settings.ood_validation.items()},
+        folder=settings.out,
+        resume=resume,
+        head=settings.head,
+        tensorboard=settings.tensorboard,
+        **settings.changes,
+    )
+    if as_json:
+        facts = {"steps": result.steps, "best": result.best, "validations": result.validations}
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+        return
+    if result.validations:
+        _print_validations(result.validations, result.best)
+    output.print(f"{result.steps} steps; weights and logs in {settings.out}", highlight=False)
+
+
+@app.command()
+def demo_train(
+    held_out: Annotated[
+        str, typer.Option(help="The two Fashion-MNIST classes the network never sees.")
+    ] = "2,4",
+    seed: Annotated[int, typer.Option(help="Of the network, and of its fine-tuning.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Of fine-tuning.")] = 400,
+    as_json: JsonFlag = False,
+) -> None:
+    """Fine-tune the demo's network with GReg+, and compare the energy before and after.
+
+    The outliers to train with are emoji and training images turned or pasted together; the weights
+    are chosen on outliers of other kinds, and tested on those of the demo.
+    """
+    from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
+
+    from grood_fast.evaluation.benchmark import evaluate
+    from grood_fast.evaluation.datasets import (
+        auxiliary_outliers,
+        far_ood,
+        fashion_mnist,
+        validation_outliers,
+    )
+    from grood_fast.evaluation.networks import Recipe, trained_network
+    from grood_fast.training import train
+
+    def loader(data: TensorDataset) -> DataLoader[Any]:
+        return DataLoader(data, DEMO_BATCH_SIZE)
+
+    started = time.perf_counter()
+    classes = tuple(_numbers(held_out, int, "--held-out"))
+    with messages.status("loading the data sets"):
+        splits = fashion_mnist().held_out(classes)
+        images = splits.train.tensors[0]
+        outliers: ConcatDataset[Any] = ConcatDataset(auxiliary_outliers(images).values())
+        sets = {
+            "near": {"held-out": loader(splits.near_ood)},
+            "far": {name: loader(data) for name, data in far_ood().items()},
+        }
+    model = trained_network(Recipe(classes, seed)).model
+
+    def measured() -> Report:
+        return evaluate(model, "energy", id=loader(splits.test), ood=sets)
+
+    before = measured()
+    result = train(
+        model,
+        DataLoader(splits.train, 32, shuffle=True, drop_last=True),
+        DataLoader(outliers, 256, shuffle=True),
+        recipe="greg+finetune",
+        steps=steps,
+        learning_rate=1e-2,
+        margins="auto",
+        seed=seed,
+        id_validation=loader(splits.validation),
+        ood_validation={name: loader(d) for name, d in validation_outliers(images).items()},
+        validate_every=max(1, steps // 4),
+    )
+    after = measured()
+    if as_json:
+        facts = {"before": before.to_json(), "after": after.to_json()}
+        facts = {name: json.loads(text) for name, text in facts.items()}
+        sys.stdout.write(json.dumps({**facts, "best": result.best}, indent=2) + "\n")
+        return
+    _print_validations(result.validations, result.best)
+    _print_report(before, "The energy before")
+    _print_report(after, f"The energy after {steps} steps of GReg+")
+    output.print(f"[dim]{time.perf_counter() - started:.0f} s in all[/dim]")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -288,6 +454,19 @@ def _print_report(report: Report, title: str) -> None:
     )
 
 
+def _print_validations(
+    validations: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None
+) -> None:
+    table = Table(title="Validation, in %")
+    columns = [name for name in validations[0] if name != "step"]
+    for column in ("step", *columns, ""):
+        table.add_column(column, justify="right")
+    for values in validations:
+        numbers = [f"{100 * values[name]:.2f}" for name in columns]
+        table.add_row(str(values["step"]), *numbers, "best" if values == best else "")
+    output.print(table)
+
+
 def _numbers(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",")]
@@ -315,6 +494,43 @@ def _with_options(text: str) -> Detector:
         except ValueError:
             options[key] = value
     return make(name, **options)
+
+
+def _image_loader(
+    folder: Path,
+    preparation: Mapping[str, Any],
+    batch_size: int,
+    workers: int,
+    training: bool = False,
+    augmented: bool = False,
+) -> DataLoader[Any]:
+    """The images of a folder, in order; for training shuffled, whole batches, without end."""
+    from torch.utils.data import DataLoader, Dataset
+
+    from grood_fast.evaluation.datasets import ImageFolderDataset
+    from grood_fast.training.augmentation import ShiftedAndMirrored
+
+    images = ImageFolderDataset(folder, **preparation)
+    data: Dataset[Any] = ShiftedAndMirrored(images) if augmented else images
+    if training and len(images) < batch_size:
+        raise InputError(f"{folder} holds {len(images)} images, fewer than a batch: {batch_size}.")
+    return DataLoader(
+        data,
+        batch_size,
+        shuffle=training,
+        drop_last=training,
+        num_workers=workers,
+        collate_fn=partial(_collate, bool(images.classes)),
+    )
+
+
+def _on_device(network: nn.Module, device: str | None) -> nn.Module:
+    if device is None:
+        return network
+    try:
+        return network.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: {error}") from error
 
 
 def _collate(labelled: bool, items: Sequence[tuple[Tensor, int]]) -> Any:

@@ -38,12 +38,20 @@ class ExtensionError(GroodFastError, ImportError):
     """The compiled extension is missing or does not fit the installed torch."""
 
 
+class TrainingError(GroodFastError, RuntimeError):
+    """Training cannot go on: its loss is not a number."""
+
+
 class FitWarning(UserWarning):
     """Something about the reference or calibration data deserves a second look."""
 
 
 class ScoreWarning(UserWarning):
     """Some samples have no score."""
+
+
+class TrainingWarning(UserWarning):
+    """Training goes on, but perhaps not as it was meant."""
 
 
 class LoaderWarning(UserWarning):

@@ -11,10 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 
 from grood_fast import cli
 from grood_fast.detectors import DETECTORS, by_unique_name, with_twins
+from grood_fast.evaluation import datasets
 
 runner = CliRunner()
 
@@ -191,3 +193,115 @@ def test_demo_from_the_cache(tmp_path, monkeypatch):
     assert {r["detector"] for r in report["results"]} == set(expected) > set(DETECTORS)
     assert (tmp_path / "out/demo/scores.png").exists()
     assert json.loads((tmp_path / "out/demo/report.json").read_text()) == report
+
+
+CONFIG = """
+model = "own_model:classifier"
+id = "train"
+outliers = "noise"
+id_validation = "id"
+out = "out"
+method = "greg+"
+batch_size = 8
+resize = 8
+crop = 8
+steps = 3
+margins = "auto"
+pool_ratio = 4.0
+[ood_validation]
+flat = "flat"
+[regularizer]
+form = "finite_difference"
+"""
+
+
+def log_of(folder):
+    return (folder / "log.csv").read_text().splitlines()
+
+
+def test_train_from_a_file_and_resumed(workplace):
+    (workplace / "training.toml").write_text(CONFIG)
+    result = run("train", "--config", "training.toml", "--json")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    facts = json.loads(result.stdout)
+    assert facts["steps"] == 3
+    assert facts["best"].keys() == {"step", "accuracy", "auroc", "auroc/flat"}
+    assert len(log_of(workplace / "out")) == 4
+    assert (workplace / "out" / "best.safetensors").is_file()
+    refused = run("train", "--config", "training.toml")
+    assert "resume" in str(refused.exception)
+    again = run("train", "--config", "training.toml", "--resume")
+    assert again.exit_code == 0
+    assert "3 steps" in again.stdout
+
+
+def test_the_command_line_overrides_a_yaml_file(workplace):
+    (workplace / "training.yaml").write_text(
+        "model: own_model:classifier\nid: train\nresize: 8\ncrop: 8\nbatch_size: 8\n"
+        "outliers: noise\nmethod: oe\nout: ignored\nsteps: 9\naugment: false\n"
+    )
+    result = run(
+        "train", "--config", "training.yaml", "--out", "here", "--set", "steps=2",
+        "--set", "regularizer.form=features", "--set", "margins=auto",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    header, *lines = log_of(workplace / "here")
+    assert len(lines) == 2
+    columns = dict(zip(header.split(","), lines[-1].split(","), strict=True))
+    assert columns["gradient"] != ""
+    assert not (workplace / "ignored").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("a.toml", "lr = 1", "unknown setting(s) lr; known: accumulate"),
+        ("a.toml", "lr = ", "a.toml cannot be parsed"),
+        ("a.toml", "id = 'train'", "missing: model, out. Give --model and --out"),
+        ("a.yaml", "- 1", "holds no names"),
+        ("a.json", "{}", "ends in .toml, .yaml or .yml"),
+        ("a.toml", "ood_validation = 'flat'", "ood_validation is a table"),
+    ],
+)
+def test_configurations_that_are_refused(workplace, file, content, said):
+    (workplace / file).write_text(content)
+    assert said in str(run("train", "--config", file).exception)
+
+
+def test_train_says_what_is_missing(workplace):
+    arguments = ["train", "--model", "own_model:classifier", "--id", "train", "--out", "out"]
+    prepared = ["--resize", "8", "--crop", "8", "--batch-size", "8"]
+    assert "needs an outlier_loader" in str(run(*arguments, *prepared).exception)
+    assert "--set epochs: expected" in str(run(*arguments, "--set", "epochs").exception)
+    few = run(*arguments, *prepared[:4], "--outliers", "flat")
+    assert "fewer than a batch: 64" in str(few.exception)
+    assert "cannot read" in str(run("train", "--config", "missing.toml").exception)
+
+
+def test_train_without_outliers(workplace):
+    result = run(
+        "train", "--model", "own_model:classifier", "--id", "train", "--out", "out", "--resize",
+        "8", "--crop", "8", "--batch-size", "8", "--method", "ce", "--set", "steps=2",
+        "--no-augment",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert "2 steps; weights and logs in out" in result.stdout
+
+
+@pytest.mark.data
+def test_demo_train(monkeypatch):
+    def few(function):
+        def cut(*arguments):
+            named = function(*arguments)
+            return {name: TensorDataset(*data[:100]) for name, data in named.items()}
+
+        return cut
+
+    for name in ("far_ood", "validation_outliers"):
+        monkeypatch.setattr(datasets, name, few(getattr(datasets, name)))
+    result = run("demo-train", "--steps", "2", "--json")
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    facts = json.loads(result.stdout)
+    for part in ("before", "after"):
+        assert {r["dataset"] for r in facts[part]["results"]} >= {"held-out", "mnist"}
+    assert facts["best"]["step"] in (0, 1, 2)

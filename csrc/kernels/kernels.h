@@ -56,12 +56,26 @@ struct HadamardArguments {
   DType dtype;  // float32 or float64
 };
 
+struct ClusterExtremesArguments {
+  const std::int64_t* assignments;  // [samples], each in [0, clusters)
+  const void* energies;             // Real [samples]; a sample whose energy is NaN is passed over
+  std::int64_t samples;
+  std::int64_t clusters;
+  DType dtype;  // float32 or float64
+  // The first of equals; -1 for a cluster without samples.
+  std::int64_t* lowest;   // [clusters]
+  std::int64_t* highest;  // [clusters]
+};
+
 std::size_t logit_gradient_scratch_bytes(std::int64_t classes);
 void logit_gradient(const LogitGradientArguments& arguments, std::int64_t begin, std::int64_t end);
 void multiply_row_norm(const RowNormArguments& arguments, std::int64_t begin, std::int64_t end);
 
 // Here [begin, end) counts elements.
 void hadamard(const HadamardArguments& arguments, std::int64_t begin, std::int64_t end);
+
+// The whole of its arguments.
+void cluster_extremes(const ClusterExtremesArguments& arguments);
 
 // Rows a thread should at least get: under about 20 microseconds of work, waking one costs more.
 std::int64_t rows_per_task(std::int64_t classes, std::int64_t columns);

@@ -18,6 +18,7 @@ __all__ = [
     "OBJECTIVES",
     "OUTPUTS",
     "LogitGradient",
+    "cluster_extremes",
     "dual_project",
     "head_gradient_norm",
     "logit_gradient",
@@ -180,6 +181,26 @@ def dual_project(
     return result
 
 
+def cluster_extremes(assignments: Tensor, energies: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """For each cluster, its member of lowest and its member of highest energy.
+
+    Args:
+        assignments: (N,) int64, each sample's cluster in [0, ``clusters``).
+        energies: (N,) floating point; samples whose energy is NaN are passed over.
+        clusters: K.
+
+    Returns:
+        Two (K,) int64 tensors of sample indices, the first of equals; -1 where a cluster has no
+        sample. Both indices are the same where it has one.
+
+    Raises:
+        RuntimeError: wrong shapes or dtypes, or (on the CPU, where looking costs nothing) an
+            assignment out of range.
+    """
+    lowest, highest = _ops.cluster_extremes(assignments, energies, clusters)
+    return lowest, highest
+
+
 def simd_level() -> str:
     """The instruction set the kernels run with: ``"baseline"``, ``"avx2"`` or ``"avx512"``."""
     level: str = _ops.simd_level()
@@ -244,6 +265,11 @@ def _(
     bias: float,
 ) -> Tensor:
     return coefficients.new_empty((delta.shape[0], coefficients.shape[1]))
+
+
+@torch.library.register_fake("grood_fast::cluster_extremes")  # type: ignore[untyped-decorator]
+def _(assignments: Tensor, energies: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    return assignments.new_empty(clusters), assignments.new_empty(clusters)
 
 
 # --- any device without a compiled kernel of its own: the plain-PyTorch twin ----------------------
@@ -334,7 +360,20 @@ def _dual_project_elsewhere(
     return reference.dual_project(d, h, anchors_d, anchors_h, a, bias)
 
 
+def _cluster_extremes_elsewhere(
+    assignments: Tensor, energies: Tensor, clusters: int
+) -> tuple[Tensor, Tensor]:
+    if assignments.ndim != 1 or assignments.shape != energies.shape:
+        raise RuntimeError("assignments and energies must both have the shape (N,)")
+    if assignments.dtype != torch.int64:
+        raise RuntimeError("assignments must be int64")
+    if not energies.is_floating_point():
+        raise RuntimeError("energies must be float32, float64, bfloat16 or float16")
+    return reference.cluster_extremes(assignments, energies, clusters)
+
+
 for _name, _twin in (
+    ("cluster_extremes", _cluster_extremes_elsewhere),
     ("dual_project", _dual_project_elsewhere),
     ("logit_gradient", _logit_gradient_elsewhere),
     ("head_gradient_norm", _head_gradient_norm_elsewhere),

@@ -55,6 +55,32 @@ def dual_project(
     return ((delta @ anchor_delta.T) * (features @ anchor_features.T + bias)) @ coefficients
 
 
+def cluster_extremes(assignments: Tensor, energies: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """Per cluster the first sample of lowest and the first of highest energy, each (K,); or -1."""
+    samples = len(energies)
+    valid = ~energies.isnan()
+    positions = torch.arange(samples, device=energies.device)
+
+    def first(reduction: str) -> Tensor:
+        extreme = energies.new_zeros(clusters).scatter_reduce(
+            0,
+            assignments,
+            torch.where(
+                valid,
+                energies,
+                energies.new_tensor(torch.inf if reduction == "amin" else -torch.inf),
+            ),
+            reduction,
+            include_self=False,
+        )
+        candidates = torch.where(valid & (energies == extreme[assignments]), positions, samples)
+        found = torch.full((clusters,), samples, device=energies.device)
+        found = found.scatter_reduce(0, assignments, candidates, "amin")
+        return torch.where(found < samples, found, -1)
+
+    return first("amin"), first("amax")
+
+
 def row_norm(rows: Tensor, norm: str) -> Tensor:
     """The L1, L2 or L∞ norm of each row of (B, N): (B,)."""
     if rows.shape[1] == 0:
