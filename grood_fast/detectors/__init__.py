@@ -6,8 +6,11 @@ from grood_fast.detectors.base import Detector
 from grood_fast.detectors.calibration import Calibration
 from grood_fast.detectors.named import (
     DETECTORS,
+    GROOD,
+    GSC,
     ExGrad,
     GradNorm,
+    GradOrth,
     GradPCA,
     LowDimensionalGradient,
     by_unique_name,
@@ -18,11 +21,14 @@ from grood_fast.detectors.passes import Fitting, fit_together, score_together
 
 __all__ = [
     "DETECTORS",
+    "GROOD",
+    "GSC",
     "Calibration",
     "Detector",
     "ExGrad",
     "Fitting",
     "GradNorm",
+    "GradOrth",
     "GradPCA",
     "LowDimensionalGradient",
     "by_unique_name",

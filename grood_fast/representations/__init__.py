@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from grood_fast.representations.activations import StageActivations
 from grood_fast.representations.base import Representation
 from grood_fast.representations.forward import Logits, PenultimateFeatures, WholeForward
 from grood_fast.representations.head_gradient import HeadGradient, HeadGradientFactors
 from grood_fast.representations.projected_gradient import ProjectedHeadGradient
+from grood_fast.representations.prototype_gradient import PrototypeGradient
+from grood_fast.representations.short_circuit import ShortCircuitedLogits
 
 REPRESENTATIONS: dict[str, type[Representation]] = {
     kind.name: kind
-    for kind in (Logits, PenultimateFeatures, WholeForward, HeadGradient, ProjectedHeadGradient)
+    for kind in (
+        Logits,
+        PenultimateFeatures,
+        WholeForward,
+        StageActivations,
+        HeadGradient,
+        ProjectedHeadGradient,
+        PrototypeGradient,
+        ShortCircuitedLogits,
+    )
 }
 
 __all__ = [
@@ -19,6 +31,9 @@ __all__ = [
     "Logits",
     "PenultimateFeatures",
     "ProjectedHeadGradient",
+    "PrototypeGradient",
     "Representation",
+    "ShortCircuitedLogits",
+    "StageActivations",
     "WholeForward",
 ]
