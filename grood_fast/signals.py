@@ -115,6 +115,27 @@ class Signals:
         layers, stages = classifier.layers(), classifier.stages()
         return cls(logits, features, labels, indices, batch, classifier, layers, stages)
 
+    def rows(self, rows: Tensor) -> Signals:
+        """Those of some samples, by (N,) indices; from their layers nothing can be resumed."""
+        rows = rows.to(self.logits.device)
+
+        def cannot_resume(_: Tensor) -> tuple[Tensor, Tensor | None]:
+            raise InputError("a network is resumed for whole batches, not for some samples.")
+
+        return Signals(
+            self.logits[rows],
+            None if self.penultimate is None else self.penultimate[rows],
+            None if self.labels is None else self.labels[rows],
+            self.indices[rows.cpu()],
+            self.batch.rows(rows),
+            self.classifier,
+            {
+                need: LayerOutput(layer.name, layer.activation[rows], cannot_resume)
+                for need, layer in self.layers.items()
+            },
+            {name: stage[rows] for name, stage in self.stages.items()},
+        )
+
     def layer(self, name: str | None) -> LayerOutput:
         """What a layer returned, and the network from there on; None: see :func:`layer_need`.
 

@@ -7,16 +7,19 @@ constructor.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from grood_fast.detectors.base import Detector
+from grood_fast.detectors.fusion import DetectorScores
 from grood_fast.errors import InputError
 from grood_fast.objectives import Objective
 from grood_fast.representations import (
     HeadGradient,
+    Joint,
     ProjectedHeadGradient,
     PrototypeGradient,
+    Representation,
     ShortCircuitedLogits,
 )
 from grood_fast.representations.prototype_gradient import Source
@@ -28,6 +31,7 @@ from grood_fast.scores import (
     Energy,
     EnergyDrop,
     ExpectedGradientNorm,
+    Fusion,
     GradientNorm,
     Mahalanobis,
     MaxLogit,
@@ -38,6 +42,7 @@ from grood_fast.scores import (
     SubspaceShare,
     ViM,
 )
+from grood_fast.scores.fusion import Combination
 
 
 class GradNorm(Detector):
@@ -241,6 +246,61 @@ class GSC(Detector):
         super().__init__(score, ShortCircuitedLogits(layer, **options), name="gsc")
 
 
+class JointDensity(Detector):
+    """Negative log-density of activations at all depths and of gradient norms; higher = more OOD.
+
+    Activations at the end of every stage, averaged over positions, beside logarithms of gradient
+    norms, standardised, under one Gaussian a class. What is unusual at any depth counts, so that
+    attacked and corrupted inputs, which leave the last layer unmoved, are noticed too.
+
+    Args:
+        gradients: a representation that gives vectors, or its name: what of the gradient stands
+            beside the activations; None leaves it out.
+        score: on the joint vector; default :class:`~grood_fast.scores.ClassGMM` on standardised
+            coordinates. For hundreds of classes its covariances take too much memory: give
+            :class:`~grood_fast.scores.Mahalanobis`.
+    """
+
+    def __init__(
+        self,
+        gradients: Representation | str | None = "head_gradient_log_norms",
+        score: Score | None = None,
+    ) -> None:
+        parts: list[Representation | str] = ["stage_activations"]
+        if gradients is not None:
+            parts.append(gradients)
+        score = ClassGMM(shrinkage=1e-3, standardize=True) if score is None else score
+        super().__init__(score, Joint(parts), name="density")
+
+
+class Fused(Detector):
+    """Three kinds of evidence as one score: a relative distance, a logit score and a density.
+
+    The mean, on the scale of samples held out of the reference, of the relative Mahalanobis
+    distance, the energy and :class:`JointDensity`. For inputs of other classes and other data sets;
+    where inputs may be attacked or corrupted, the density alone does better.
+
+    Args:
+        gradients: see :class:`JointDensity`.
+        combine, scale: see :class:`~grood_fast.scores.Fusion`.
+        members: detectors, names or scores in place of the three.
+        held_out: share of the reference to hold out for the scale.
+    """
+
+    def __init__(
+        self,
+        gradients: Representation | str | None = "head_gradient_log_norms",
+        combine: Combination = "mean",
+        scale: Literal["moments", "ranks"] = "moments",
+        members: Sequence[str | Score | Detector] | None = None,
+        held_out: float = 0.05,
+    ) -> None:
+        if members is None:
+            members = [RelativeMahalanobis(), Energy(), JointDensity(gradients)]
+        made = list(by_unique_name(members).values())
+        super().__init__(Fusion(combine, scale), DetectorScores(made, held_out), name="fused")
+
+
 DETECTORS: dict[str, Callable[..., Score | Detector]] = {
     "msp": MSP,
     "maxlogit": MaxLogit,
@@ -258,6 +318,8 @@ DETECTORS: dict[str, Callable[..., Score | Detector]] = {
     "gradorth": GradOrth,
     "grood": GROOD,
     "gsc": GSC,
+    "density": JointDensity,
+    "fused": Fused,
 }
 """Registry name → what makes it; every name is also the detector's own."""
 

@@ -6,6 +6,7 @@ from grood_fast.representations.activations import StageActivations
 from grood_fast.representations.base import Representation
 from grood_fast.representations.forward import Logits, PenultimateFeatures, WholeForward
 from grood_fast.representations.head_gradient import HeadGradient, HeadGradientFactors
+from grood_fast.representations.joint import HeadGradientLogNorms, Joint
 from grood_fast.representations.projected_gradient import ProjectedHeadGradient
 from grood_fast.representations.prototype_gradient import PrototypeGradient
 from grood_fast.representations.short_circuit import ShortCircuitedLogits
@@ -18,6 +19,8 @@ REPRESENTATIONS: dict[str, type[Representation]] = {
         WholeForward,
         StageActivations,
         HeadGradient,
+        HeadGradientLogNorms,
+        Joint,
         ProjectedHeadGradient,
         PrototypeGradient,
         ShortCircuitedLogits,
@@ -28,6 +31,8 @@ __all__ = [
     "REPRESENTATIONS",
     "HeadGradient",
     "HeadGradientFactors",
+    "HeadGradientLogNorms",
+    "Joint",
     "Logits",
     "PenultimateFeatures",
     "ProjectedHeadGradient",

@@ -16,6 +16,7 @@ from grood_fast.classifier import Classifier
 from grood_fast.errors import InputError
 from grood_fast.layers import layer_need
 from grood_fast.representations.base import Representation
+from grood_fast.representations.forward import PenultimateFeatures
 from grood_fast.signals import Signals, stream
 from grood_fast.statistics import ClassMeans, Reservoir, keeps_state, require_same_config
 
@@ -142,7 +143,7 @@ class PrototypeGradient(Representation):
         if self.source in ("mixup", "noise"):
             if self._template is None:
                 self._template = z.batch.first(1)
-            self._inputs.absorb(_columns(z.batch), indices)
+            self._inputs.absorb(z.batch.columns(), indices)
 
     def merge(self, other: PrototypeGradient) -> None:
         require_same_config(self, other)
@@ -187,6 +188,10 @@ class PrototypeGradient(Representation):
         for some in torch.split(rows, REPLAYED_ROWS):
             z = self._gradient(sample["features"][some])
             yield z, sample["labels"][some], sample["indices"][some]
+
+    def activations(self) -> PenultimateFeatures:
+        """The penultimate features, which the gradient is a function of."""
+        return PenultimateFeatures()
 
     def __call__(self, signals: Signals) -> Tensor:
         """2⁴⁸ g, (B, D), float64 if the reference's features were, else float32."""
@@ -249,10 +254,12 @@ class PrototypeGradient(Representation):
         assert self._classifier is not None
         assert self._template is not None
         sample = self._inputs.finish()
+        del sample["indices"]
+        kept = self._template.with_columns(sample)
         with self._classifier.session(True, layers):
             pieces = [
-                features(self._classifier, _batch(self._template, sample, rows))
-                for rows in torch.split(torch.arange(len(sample["indices"])), KEPT_ROWS)
+                features(self._classifier, kept.rows(rows))
+                for rows in torch.split(torch.arange(kept.size), KEPT_ROWS)
             ]
         return torch.cat(pieces)
 
@@ -295,27 +302,3 @@ def _images(batch: Batch) -> Tensor:
             "channels, height, width). Use source='mixup'."
         )
     return images
-
-
-def _columns(batch: Batch) -> dict[str, Tensor]:
-    """A batch's inputs by place, for a reservoir."""
-    places = {**{str(i): arg for i, arg in enumerate(batch.args)}, **batch.kwargs}
-    columns = {place: value for place, value in places.items() if isinstance(value, Tensor)}
-    if any(value.shape[:1] != (batch.size,) for value in columns.values()):
-        raise InputError(
-            "samples cannot be taken out of this batch: every tensor that the model is given must "
-            "have one row a sample."
-        )
-    return columns
-
-
-def _batch(template: Batch, columns: dict[str, Tensor], rows: Tensor) -> Batch:
-    """Rows of kept inputs as a batch; what was no tensor is as in the template."""
-    args = tuple(
-        columns[str(i)][rows] if str(i) in columns else arg for i, arg in enumerate(template.args)
-    )
-    kwargs = {
-        name: columns[name][rows] if name in columns else value
-        for name, value in template.kwargs.items()
-    }
-    return Batch(args, kwargs, None, len(rows))

@@ -15,6 +15,7 @@ from grood_fast.classifier import Classifier
 from grood_fast.errors import InputError
 from grood_fast.layers import LayerOutput, layer_need
 from grood_fast.representations.base import Representation
+from grood_fast.representations.forward import Logits
 from grood_fast.signals import LogitStatistics, Signals
 
 HEAD = "head"
@@ -92,6 +93,10 @@ class ShortCircuitedLogits(Representation):
         else:
             logits = self._behind(signals.layer(self.layer), signals)
         return ShortCircuitedStatistics(logits, signals.statistics)
+
+    def activations(self) -> Logits:
+        """The logits as they were."""
+        return Logits()
 
     def _removed(self, gradient: Tensor, features: Tensor) -> Tensor:
         """(B, k) coordinates to remove, of (B, n) gradients and features."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from grood_fast.scores.base import Score
+from grood_fast.scores.fusion import Fusion
 from grood_fast.scores.gaussian import ClassGMM, Mahalanobis, RelativeMahalanobis
 from grood_fast.scores.gradient import ExpectedGradientNorm, GradientNorm, ProjectedGradientNorm
 from grood_fast.scores.knn import KNN
@@ -23,6 +24,7 @@ SCORES: dict[str, type[Score]] = {
         ExpectedGradientNorm,
         ProjectedGradientNorm,
         EnergyDrop,
+        Fusion,
         KNN,
         Mahalanobis,
         RelativeMahalanobis,
@@ -44,6 +46,7 @@ __all__ = [
     "Energy",
     "EnergyDrop",
     "ExpectedGradientNorm",
+    "Fusion",
     "GradientNorm",
     "LinearProbe",
     "Mahalanobis",

@@ -122,3 +122,7 @@ class EnergyDrop(_LogitScore):
             )
         before, after = z.before(self.temperature).energy, z(self.temperature).energy
         return before.to(after.dtype) - after
+
+    def on_activations(self) -> Energy:
+        """The energy of the logits as they were."""
+        return Energy(self.temperature)
