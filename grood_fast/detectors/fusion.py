@@ -67,7 +67,7 @@ class DetectorScores(Representation):
         )
         inner = (member.representation for member in self.members)
         # Another sample than that of ensembles among the members, or nothing is left for those.
-        self._seed = max(
+        self._seed: int = max(
             (one._seed + 2 for one in inner if isinstance(one, DetectorScores)), default=SEED
         )
         self._fitting: Fitting | None = None
