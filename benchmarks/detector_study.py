@@ -3,16 +3,16 @@
 Five pairs of classes held out of training, three seeds each; all detectors see the same network,
 the same reference and the same sets. Each network is a cell, one JSON file:
 
-    python benchmarks/detector_study.py next     # compute the next missing cell; exit status 3: none
+    python benchmarks/detector_study.py next     # the next missing cell; exit status 3: none
     python benchmarks/detector_study.py table    # the tables, from what is there
 
-Near OOD are the held-out classes, far OOD four other data sets. Settings are chosen on outliers made
-from validation images of the training classes, never on these: where a detector has variants, its
-row "chosen" takes in every cell the variant of highest mean AUROC on the validation outliers. The
-others stand at their defaults. "fused without x" leaves a part of the fusion out.
+Near OOD are the held-out classes, far OOD four other data sets. Settings are chosen on outliers
+made from validation images of the training classes, never on these: where a detector has variants,
+its row "chosen" takes in every cell the variant of highest mean AUROC on the validation outliers.
+The others stand at their defaults. "fused without x" leaves a part of the fusion out.
 
-What is between the detectors is a mean of paired differences over the cells, with a 95 % interval by
-resampling pairs of classes, and seeds within them: classes, not test images, are what varies.
+What is between the detectors is a mean of paired differences over the cells, with a 95 % interval
+by resampling pairs of classes, and seeds within them: classes, not test images, are what varies.
 
 Attacked or corrupted test images enter through ``SHIFTED``.
 """
@@ -58,7 +58,7 @@ MAIN = "fused"
 
 
 def ours() -> dict[str, Detector]:
-    """Registered detectors at their defaults, variants to choose from, and fusions without a part."""
+    """Registered detectors at their defaults, variants to choose from, fusions without a part."""
     made = {name: gf.detector(name) for name in gf.DETECTORS}
     made["knn(5, standardised)"] = Detector(gf.KNN(5, standardize=True))
     for layer in ("head", None):
@@ -121,9 +121,7 @@ def theirs(head: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, Any]:
     }
     return {
         **{name: lambda f, h, one=one: one.predict_logits(f) for name, one in on_logits.items()},
-        **{
-            name: lambda f, h, one=one: one.predict_features(h) for name, one in on_features.items()
-        },
+        **{n: lambda f, h, one=one: one.predict_features(h) for n, one in on_features.items()},
         **{name: lambda f, h, one=one: one.predict(h) for name, one in shaping.items()},
     }
 
