@@ -124,7 +124,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
         }
         defines = [f'-D{key}="{value}"' for key, value in facts.items()]
         target = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000ULL"
-        common = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
+        common = ["-std=c++20", "-O3", "-fno-math-errno", "-g0", "-fPIC", "-fvisibility=hidden"]
         common += ["-Wall", "-Wextra", "-Wno-psabi"]
         flags = {
             "kernels": common,

@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grood_fast.detectors import DETECTORS as DETECTORS
+    from grood_fast.detectors import GROOD as GROOD
+    from grood_fast.detectors import GSC as GSC
     from grood_fast.detectors import Calibration as Calibration
     from grood_fast.detectors import Detector as Detector
     from grood_fast.detectors import ExGrad as ExGrad
+    from grood_fast.detectors import Fused as Fused
     from grood_fast.detectors import GradNorm as GradNorm
+    from grood_fast.detectors import GradOrth as GradOrth
     from grood_fast.detectors import GradPCA as GradPCA
+    from grood_fast.detectors import JointDensity as JointDensity
     from grood_fast.detectors import LowDimensionalGradient as LowDimensionalGradient
     from grood_fast.detectors import detector as detector
+    from grood_fast.detectors import ensemble as ensemble
     from grood_fast.errors import GroodFastError as GroodFastError
     from grood_fast.evaluation import Report as Report
     from grood_fast.evaluation import evaluate as evaluate
@@ -27,9 +33,14 @@ if TYPE_CHECKING:
     from grood_fast.evaluation import variants as variants
     from grood_fast.objectives import Objective as Objective
     from grood_fast.representations import HeadGradient as HeadGradient
+    from grood_fast.representations import HeadGradientLogNorms as HeadGradientLogNorms
+    from grood_fast.representations import Joint as Joint
     from grood_fast.representations import Logits as Logits
     from grood_fast.representations import PenultimateFeatures as PenultimateFeatures
     from grood_fast.representations import ProjectedHeadGradient as ProjectedHeadGradient
+    from grood_fast.representations import PrototypeGradient as PrototypeGradient
+    from grood_fast.representations import ShortCircuitedLogits as ShortCircuitedLogits
+    from grood_fast.representations import StageActivations as StageActivations
     from grood_fast.results import Scores as Scores
     from grood_fast.results import ScoreTable as ScoreTable
     from grood_fast.scores import GEN as GEN
@@ -37,12 +48,15 @@ if TYPE_CHECKING:
     from grood_fast.scores import MSP as MSP
     from grood_fast.scores import ClassGMM as ClassGMM
     from grood_fast.scores import Energy as Energy
+    from grood_fast.scores import EnergyDrop as EnergyDrop
     from grood_fast.scores import ExpectedGradientNorm as ExpectedGradientNorm
+    from grood_fast.scores import Fusion as Fusion
     from grood_fast.scores import GradientNorm as GradientNorm
     from grood_fast.scores import LinearProbe as LinearProbe
     from grood_fast.scores import Mahalanobis as Mahalanobis
     from grood_fast.scores import MaxLogit as MaxLogit
     from grood_fast.scores import Norm as Norm
+    from grood_fast.scores import ProjectedGradientNorm as ProjectedGradientNorm
     from grood_fast.scores import RelativeMahalanobis as RelativeMahalanobis
     from grood_fast.scores import Score as Score
     from grood_fast.scores import SubspaceResidual as SubspaceResidual
@@ -60,32 +74,51 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "detectors": (
-        "DETECTORS",
         "Calibration",
+        "DETECTORS",
         "Detector",
         "ExGrad",
+        "Fused",
+        "GROOD",
+        "GSC",
         "GradNorm",
+        "GradOrth",
         "GradPCA",
+        "JointDensity",
         "LowDimensionalGradient",
         "detector",
+        "ensemble",
     ),
     "errors": ("GroodFastError",),
     "evaluation": ("Report", "evaluate", "select", "variants"),
     "objectives": ("Objective",),
-    "representations": ("HeadGradient", "Logits", "PenultimateFeatures", "ProjectedHeadGradient"),
+    "representations": (
+        "HeadGradient",
+        "HeadGradientLogNorms",
+        "Joint",
+        "Logits",
+        "PenultimateFeatures",
+        "ProjectedHeadGradient",
+        "PrototypeGradient",
+        "ShortCircuitedLogits",
+        "StageActivations",
+    ),
     "results": ("ScoreTable", "Scores"),
     "scores": (
-        "GEN",
-        "KNN",
-        "MSP",
         "ClassGMM",
         "Energy",
+        "EnergyDrop",
         "ExpectedGradientNorm",
+        "Fusion",
+        "GEN",
         "GradientNorm",
+        "KNN",
         "LinearProbe",
+        "MSP",
         "Mahalanobis",
         "MaxLogit",
         "Norm",
+        "ProjectedGradientNorm",
         "RelativeMahalanobis",
         "Score",
         "SubspaceResidual",

@@ -82,22 +82,32 @@ class Batch:
         labels = None if self.labels is None else self.labels[:count]
         return replace(self.map_inputs(lambda tensor: tensor[:count]), labels=labels, size=count)
 
-    def rows(self, indices: Tensor) -> Batch:
-        """The samples of the given indices, (M,) int64 on the batch's device.
+    def columns(self) -> dict[str, Tensor]:
+        """The inputs by place, (B, ...) each, as a reservoir keeps them; see :meth:`with_columns`.
 
         Raises:
-            InputError: some tensor argument has not B rows.
+            InputError: some tensor that the model is given has not one row a sample.
         """
-        inputs = (*self.args, *self.kwargs.values())
-        if not all(_has_rows(value, self.size) for value in inputs if isinstance(value, Tensor)):
+        places = {**{str(i): arg for i, arg in enumerate(self.args)}, **self.kwargs}
+        columns = {place: value for place, value in places.items() if isinstance(value, Tensor)}
+        if not all(_has_rows(value, self.size) for value in columns.values()):
             raise InputError(
-                f"Samples cannot be chosen from a batch of {self.size} ({_describe_inputs(self)}): "
-                "every tensor in it must have one row a sample."
+                "samples cannot be taken out of this batch: every tensor that the model is given "
+                "must have one row a sample."
             )
-        labels = None if self.labels is None else self.labels[indices]
-        return replace(
-            self.map_inputs(lambda tensor: tensor[indices]), labels=labels, size=len(indices)
-        )
+        return columns
+
+    def with_columns(self, columns: Mapping[str, Tensor], labels: Tensor | None = None) -> Batch:
+        """This batch with other inputs, (N, ...) each, by the places of :meth:`columns`."""
+        args = tuple(columns.get(str(i), arg) for i, arg in enumerate(self.args))
+        kwargs = {name: columns.get(name, value) for name, value in self.kwargs.items()}
+        return Batch(args, kwargs, labels, len(next(iter(columns.values()))))
+
+    def rows(self, rows: Tensor) -> Batch:
+        """Some of its samples, by (N,) indices. Raises as :meth:`columns`."""
+        columns = {name: value[rows.to(value.device)] for name, value in self.columns().items()}
+        labels = None if self.labels is None else self.labels[rows.to(self.labels.device)]
+        return self.with_columns(columns, labels)
 
 
 def join(first: Batch, second: Batch) -> Batch:

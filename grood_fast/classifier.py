@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from threading import RLock
 from typing import Any, Literal, cast
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from grood_fast.batches import Batch
 from grood_fast.errors import HeadNotFoundError, InputError, ScoreWarning, warn
+from grood_fast.layers import LayerOutput, Layers
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +198,7 @@ class Classifier:
             self._first_layer = called[0][0]
 
     @contextmanager
-    def session(self, features: bool) -> Iterator[None]:
+    def session(self, features: bool, layers: frozenset[str] = frozenset()) -> Iterator[None]:
         """Borrow the model for any number of :meth:`forward` calls.
 
         Inside, the model is in eval mode, and autograd and autocast are off. Other threads that
@@ -209,12 +211,14 @@ class Classifier:
         Args:
             features: whether :meth:`forward` returns the penultimate features. They need a linear
                 head; logits alone do not.
+            layers: which layers' outputs are kept of the last forward pass, for :meth:`layer` and
+                :meth:`stages`; see :class:`~grood_fast.layers.Layers`.
         """
         with ExitStack() as stack:
             stack.enter_context(self._lock)
             stack.callback(setattr, self, "_session", self._session)
             stack.enter_context(_undisturbed(self.model))
-            self._session = _Session(features, stack)
+            self._session = _Session(features, layers, stack)
             yield
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -232,18 +236,56 @@ class Classifier:
             InputError: called outside a session; the model cannot be called with this batch, or
                 does not return one row of logits a sample.
         """
+        network, session = self.network(batch), self._session
+        assert session is not None
+        session.batch = self._model_inputs(batch)
+        if session.layers is not None:
+            session.layers.begin()
+        return self._run(network, session, session.batch)
+
+    def layers(self) -> dict[str, LayerOutput]:
+        """The layers' outputs in the last forward pass, by the needs the session was opened with.
+
+        The network is resumed from them until the next forward pass.
+        """
         session = self._session
-        if session is None:
-            raise InputError("forward() works only inside `with classifier.session(...):`.")
-        if session.network is None:
-            session.network = self._prepare(session, batch)
+        if session is None or session.layers is None:
+            return {}
+        layers, batch, network = session.layers, session.batch, session.network
+
+        def resumed(need: str, activation: Tensor) -> tuple[Tensor, Tensor | None]:
+            if self._session is not session or session.batch is not batch:
+                raise InputError(
+                    "the pass has moved on: a network is resumed from the layers of its last batch."
+                )
+            assert network is not None
+            assert batch is not None
+            with layers.replaced(need, activation):
+                return self._run(network, session, batch)
+
+        return {
+            need: LayerOutput(*layers.output(need), partial(resumed, need)) for need in layers.needs
+        }
+
+    def stages(self) -> dict[str, Tensor]:
+        """What the last forward pass left at the end of every stage: layer → (B, ...)."""
+        session = self._session
+        return {} if session is None or session.layers is None else session.layers.stages()
+
+    def _model_inputs(self, batch: Batch) -> Batch:
+        """The batch as the session's network takes it."""
         batch = batch.to(self.device)
         if self.precision == "bf16":
             dtype = torch.bfloat16 if self._first_in_bf16 else torch.float32
             batch = batch.map_inputs(lambda tensor: _cast(tensor, dtype))
+        return batch
+
+    def _run(
+        self, network: nn.Module, session: _Session, batch: Batch
+    ) -> tuple[Tensor, Tensor | None]:
         session.calls.clear()
         try:
-            output = _call(session.network, batch)
+            output = _call(network, batch)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -280,6 +322,40 @@ class Classifier:
     def trainable_weight(self) -> Tensor:
         """The head's weight, (C, D), as autograd knows it."""
         return cast(Tensor, self._head.module.weight).flatten(1)
+
+    def network(self, batch: Batch) -> nn.Module:
+        """The module that :meth:`forward` runs, inside a session: the model, or a copy of it.
+
+        Args:
+            batch: the head is found with it, if it is needed and was not found before.
+
+        Raises:
+            HeadNotFoundError: features are wanted and the model has no linear head.
+            InputError: called outside a session.
+        """
+        session = self._session
+        if session is None:
+            raise InputError(
+                "forward() and network() work only inside `with classifier.session(...):`."
+            )
+        if session.network is None:
+            session.network = self._prepare(session, batch)
+            self._attach_layers(session, session.network, batch)
+        return session.network
+
+    def _attach_layers(self, session: _Session, network: nn.Module, batch: Batch) -> None:
+        if not session.wanted_layers:
+            return
+        try:
+            self.find_head(batch)
+        except HeadNotFoundError:
+            logger.info("%s has no linear head to end its stages", type(network).__name__)
+        inputs = self._model_inputs(batch.first(PROBE_SAMPLES))
+        head = self._found_head.name if self._found_head is not None else None
+        layers = Layers(network, session.wanted_layers, lambda: _call(network, inputs), head)
+        session.calls.clear()
+        session.stack.enter_context(layers.attached())
+        session.layers = layers
 
     @property
     def _head(self) -> _Head:
@@ -408,8 +484,11 @@ class _Head:
 @dataclass(eq=False)
 class _Session:
     features: bool
+    wanted_layers: frozenset[str]
     stack: ExitStack
     network: nn.Module | None = None
+    layers: Layers | None = None
+    batch: Batch | None = None
     calls: list[_Call] = field(default_factory=list)
 
 

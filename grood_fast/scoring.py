@@ -10,12 +10,15 @@ from torch import nn
 
 from grood_fast.batches import order_warning
 from grood_fast.classifier import Classifier, Precision
-from grood_fast.detectors import Detector, by_unique_name, fit_together, score_together
+from grood_fast.detectors import DETECTORS, Detector, by_unique_name, fit_together, score_together
 from grood_fast.errors import InputError
 from grood_fast.results import Scores, ScoreTable
 from grood_fast.scores import Score
 
 Spec = str | Score | Detector
+
+ALL = "all"
+"""In place of a detector: every registered one."""
 
 
 @overload
@@ -63,7 +66,7 @@ def score(
         loader: yields batches ``x``, ``(x, y)``, ``(x, y, ...)``, ``{"data": x, "label": y}`` or
             the model's keyword arguments, in the order the scores shall have.
         detector: a registry name (``grood_fast.DETECTORS``), a score such as ``KNN(k=10)``, a
-            :class:`Detector`, or a list of these.
+            :class:`Detector`, or a list of these; ``"all"`` for every registered one.
         reference: in-distribution samples for the detectors that are not fitted yet; one more
             pass for all of them together.
         head: name of the last linear layer, found by itself if None.
@@ -200,11 +203,13 @@ def unfitted(classifier: Classifier, detectors: Iterable[Detector]) -> list[Dete
 
 
 def named(detector: Spec | Sequence[Spec]) -> tuple[dict[str, Detector], bool]:
-    """Detectors by unique name, and whether a sequence of them was given.
+    """Detectors by unique name, and whether several were asked for: a sequence, or ``"all"``.
 
     Raises:
         InputError: an empty sequence, or something that names no detector.
     """
+    if detector == ALL:
+        return by_unique_name(DETECTORS), True
     if isinstance(detector, str) or not isinstance(detector, Iterable):
         return by_unique_name([detector]), False
     named = by_unique_name(detector)

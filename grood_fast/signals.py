@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from grood_fast import ops
 from grood_fast.batches import Batch, preview
 from grood_fast.classifier import Classifier
-from grood_fast.errors import HeadNotFoundError
+from grood_fast.errors import HeadNotFoundError, InputError
+from grood_fast.layers import LayerOutput, layer_need, layer_needs
 
 
 class LogitSummary(NamedTuple):
@@ -77,6 +78,10 @@ class Signals:
         labels: (B,) int64 on the model's device, or None where the loader gives none.
         indices: (B,) int64 on the CPU, the samples' positions in the loader.
         batch: what the model was given, as the loader yielded it.
+        classifier: that made them.
+        layers: need → a layer's output, and the network from there on for as long as the pass is at
+            this batch.
+        stages: layer → (B, ...) what the last layer of every stage returned.
     """
 
     logits: Tensor
@@ -84,6 +89,77 @@ class Signals:
     labels: Tensor | None
     indices: Tensor
     batch: Batch
+    classifier: Classifier | None = None
+    layers: Mapping[str, LayerOutput] = field(default_factory=dict)
+    stages: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_last(
+        cls,
+        classifier: Classifier,
+        outputs: tuple[Tensor, Tensor | None],
+        batch: Batch,
+        start: int = 0,
+    ) -> Signals:
+        """What the classifier's last forward pass left.
+
+        Args:
+            classifier: inside a session.
+            outputs: what ``classifier.forward(batch)`` returned.
+            batch: of which.
+            start: position of its first sample in the loader.
+        """
+        logits, features = outputs
+        labels = None if batch.labels is None else batch.labels.to(logits.device)
+        indices = torch.arange(start, start + batch.size)
+        layers, stages = classifier.layers(), classifier.stages()
+        return cls(logits, features, labels, indices, batch, classifier, layers, stages)
+
+    def rows(self, rows: Tensor) -> Signals:
+        """Those of some samples, by (N,) indices; from their layers nothing can be resumed."""
+        rows = rows.to(self.logits.device)
+
+        def cannot_resume(_: Tensor) -> tuple[Tensor, Tensor | None]:
+            raise InputError("a network is resumed for whole batches, not for some samples.")
+
+        return Signals(
+            self.logits[rows],
+            None if self.penultimate is None else self.penultimate[rows],
+            None if self.labels is None else self.labels[rows],
+            self.indices[rows.cpu()],
+            self.batch.rows(rows),
+            self.classifier,
+            {
+                need: LayerOutput(layer.name, layer.activation[rows], cannot_resume)
+                for need, layer in self.layers.items()
+            },
+            {name: stage[rows] for name, stage in self.stages.items()},
+        )
+
+    def layer(self, name: str | None) -> LayerOutput:
+        """What a layer returned, and the network from there on; None: see :func:`layer_need`.
+
+        Raises:
+            InputError: the pass was made without it.
+        """
+        try:
+            return self.layers[layer_need(name)]
+        except KeyError:
+            raise InputError(
+                f"these signals hold no output of the layer {name!r}: make the pass with needs="
+                f"{{layer_need({name!r})}}."
+            ) from None
+
+    @property
+    def known_classifier(self) -> Classifier:
+        """The classifier that made the signals.
+
+        Raises:
+            InputError: nobody said which.
+        """
+        if self.classifier is None:
+            raise InputError("these signals were made by hand, without their classifier.")
+        return self.classifier
 
     @property
     def features(self) -> Tensor:
@@ -133,17 +209,15 @@ def stream(
     Args:
         classifier: the user's model.
         loader: yields batches; see :func:`grood_fast.batches.parse_batch`.
-        needs: signals beside the logits, a subset of ``{"features"}``.
+        needs: signals beside the logits: ``"features"``, ``"stages"`` and
+            :func:`~grood_fast.layers.layer_need`.
 
     Raises:
         InputError: an empty loader, or a batch that does not fit.
         HeadNotFoundError: features are needed and the model has no linear head.
     """
-    with classifier.session(features="features" in needs):
+    with classifier.session("features" in needs, layer_needs(needs)):
         start = 0
         for batch in preview(loader)[1]:
-            logits, features = classifier.forward(batch)
-            labels = None if batch.labels is None else batch.labels.to(logits.device)
-            indices = torch.arange(start, start + batch.size)
+            yield Signals.of_last(classifier, classifier.forward(batch), batch, start)
             start += batch.size
-            yield Signals(logits, features, labels, indices, batch)

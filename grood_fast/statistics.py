@@ -342,18 +342,8 @@ class ClassMoments:
             self._scatters[key] = self.means.new_zeros(self.dim, self.dim)
 
     def seen_classes(self) -> Tensor:
-        """(C',) int64: the classes with samples, ascending.
-
-        A class without any is left out, with a :class:`FitWarning`.
-
-        Raises:
-            InputError: when nothing was absorbed.
-        """
-        seen = self.counts.nonzero().flatten()
-        if len(seen) == 0:
-            raise _no_samples()
-        warn_of_missing_classes(seen.tolist(), len(self.counts))
-        return seen
+        """See :func:`seen_classes`."""
+        return seen_classes(self.counts)
 
     def within_scatter(self) -> Tensor:
         """(D, D) float64: the sum over all samples of (x - mean of its class)(...)ᵀ.
@@ -386,6 +376,81 @@ class ClassMoments:
         shift = self.means - mean
         moments._combine(self.count, mean, scatter + (weights * shift).T @ shift)
         return moments
+
+
+def seen_classes(counts: Tensor) -> Tensor:
+    """(C',) int64: the classes with samples, ascending, of (C,) samples a class.
+
+    A class without any is left out, with a :class:`FitWarning`.
+
+    Raises:
+        InputError: when nothing was absorbed.
+    """
+    seen = counts.nonzero().flatten()
+    if len(seen) == 0:
+        raise _no_samples()
+    warn_of_missing_classes(seen.tolist(), len(counts))
+    return seen
+
+
+class ClassMeans:
+    """The mean of every class, of vectors whose scatter would be too large to keep.
+
+    Args:
+        budget: limit in bytes on the sums, 8 C D; beyond it ``absorb`` refuses.
+    """
+
+    def __init__(self, budget: int = CLASS_SCATTER_BUDGET) -> None:
+        self.budget = budget
+        self._counts = torch.zeros(0, dtype=torch.int64)
+        self._sums = torch.zeros(0, 0, dtype=torch.float64)
+
+    @keeps_state
+    def absorb(self, rows: Tensor, labels: Tensor | None) -> None:
+        """Take in (B, D) floating-point vectors and their (B,) classes.
+
+        Raises:
+            InputError: for another shape, labels below 0, or sums that would outgrow the budget.
+        """
+        labels = checked_labels(labels, rows)
+        require_rows(rows, self._sums.shape[1] or None)
+        if len(rows) == 0:
+            return
+        size = int(labels.max()) + 1
+        sums = torch.zeros(size, rows.shape[1], dtype=torch.float64, device=rows.device)
+        counts = torch.bincount(labels, minlength=size)
+        self._add(counts, sums.index_add_(0, labels, rows.double()))
+
+    @keeps_state
+    def merge(self, other: ClassMeans) -> None:
+        """Add what ``other`` has absorbed; ``other`` is left as it was."""
+        if len(other._counts):
+            self._add(other._counts, other._sums)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """The classes with samples (C',), ascending, and their means (C', D) float64.
+
+        Warns and raises as :func:`seen_classes`.
+        """
+        seen = seen_classes(self._counts)
+        return seen, self._sums[seen] / self._counts[seen].unsqueeze(1)
+
+    def _add(self, counts: Tensor, sums: Tensor) -> None:
+        size, dim = max(len(counts), len(self._counts)), sums.shape[1]
+        if 8 * size * dim > self.budget:
+            raise InputError(
+                f"the means of {size} classes of {dim} features would take "
+                f"{8 * size * dim / 2**30:.1f} GiB, more than the {self.budget / 2**30:.1f} GiB "
+                "allowed: choose a layer with smaller activations."
+            )
+        if len(self._counts) < size:
+            grown = sums.new_zeros(size, dim)
+            grown[: len(self._sums)] = self._sums.reshape(-1, dim)
+            more = counts.new_zeros(size)
+            more[: len(self._counts)] = self._counts
+            self._counts, self._sums = more, grown
+        self._counts[: len(counts)] += counts.to(self._counts.device)
+        self._sums[: len(sums)] += sums.to(self._sums.device)
 
 
 class Reservoir:

@@ -92,6 +92,7 @@ def test_evaluate_own_model_and_folders(workplace):
     report = json.loads(result.stdout)
     names = [
         "msp", "maxlogit", "energy", "gen", "gradnorm", "gradnorm-twin", "exgrad", "exgrad-twin",
+        "gsc", "gsc-twin",
     ]  # fmt: skip
     assert [(r["detector"], r["dataset"]) for r in report["results"]] == [
         (name, dataset) for dataset in ("noise", "dark") for name in names

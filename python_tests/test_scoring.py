@@ -37,6 +37,7 @@ X, Y = torch.cat([x for x, _ in TEST]), torch.cat([y for _, y in TEST])
 NEEDS_REFERENCE = [name for name in DETECTORS if detector(name).needs_fit]
 LOGITS_ONLY = [name for name in DETECTORS if not detector(name).needs]
 ALL = list(DETECTORS)
+ALL_BUT_GROOD = [name for name in ALL if name != "grood"]
 
 
 def plain(scores: Tensor) -> Tensor:
@@ -159,7 +160,9 @@ def test_a_data_loader_with_workers_and_empty_batches(expected: ScoreTable) -> N
 # --- one pass -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [ALL, LOGITS_ONLY, ["energy"], ["knn"], ["gradnorm"]], ids=str)
+@pytest.mark.parametrize(
+    "names", [ALL, ALL_BUT_GROOD, LOGITS_ONLY, ["energy"], ["knn"], ["gradnorm"]], ids=str
+)
 def test_one_pass_over_each_loader_whatever_the_detectors(names: list[str]) -> None:
     model = toys.Net()
     loader, reference = toys.Counting(TEST), toys.Counting(REFERENCE)
@@ -168,7 +171,8 @@ def test_one_pass_over_each_loader_whatever_the_detectors(names: list[str]) -> N
     fits = any(name in NEEDS_REFERENCE for name in names)
     probes = any(detector(name).needs for name in names)
     assert reference.iterations == fits
-    assert model.forwards == len(TEST) + len(REFERENCE) * fits + probes
+    if "grood" not in names:  # which runs the network again on a few samples, mixed
+        assert model.forwards == len(TEST) + len(REFERENCE) * fits + probes
 
 
 def test_the_reference_is_read_for_unfitted_detectors_only() -> None:
@@ -536,8 +540,8 @@ def test_bf16_is_remembered_with_the_fit(tmp_path: Path) -> None:
 def assert_close_in_spread(table: ScoreTable, expected: ScoreTable, tolerance: float) -> None:
     for name, scores in table.items():
         assert scores.dtype == torch.float32
-        if name == "gradpca" and tolerance > 0.05:
-            continue  # the gradient of the maximal logit jumps where rounding changes which it is
+        if name in ("gradpca", "grood") and tolerance > 0.05:
+            continue  # these jump where rounding changes which logit is the largest
         error = (plain(scores) - plain(expected[name])).abs().max()
         assert error <= tolerance * plain(expected[name]).std(), name
 

@@ -67,9 +67,72 @@ struct ClusterExtremesArguments {
   std::int64_t* highest;  // [clusters]
 };
 
+struct SubtractArguments {
+  const void* rows;  // [rows, columns], the stride between columns is 1
+  DType dtype;
+  std::int64_t columns;
+  std::int64_t row_stride;  // in elements
+  const void* point;        // Real [columns]
+  DType real;               // float32 or float64: the Real of point and results
+  void* difference;         // Real [rows, columns], contiguous: row - point
+  void* norm;               // Real [rows]: its L2 norm
+};
+
+// The gradient of cross-entropy over negative distances to C + 1 prototypes with respect to the
+// last of them, the origin: weight * x / |x|, or weight * 2 x for squared distances.
+struct PrototypeGradientArguments {
+  void* x;              // Real [rows, columns], becomes the gradient in place
+  const void* norm;     // Real [rows], of x
+  const void* offsets;  // Real [classes, columns], the other prototypes
+  // Two that are padded to a whole number of the widest vectors; what the padding holds is ignored.
+  const void* offset_norm;      // Real [classes]
+  void* products;               // Real [rows, classes], x . offset; used up
+  std::int64_t product_stride;  // in elements
+  DType dtype;                  // float32 or float64
+  std::int64_t columns;
+  std::int64_t classes;
+  double temperature;  // > 0
+  double scale;        // of the gradient
+  bool squared;
+  void* log_weight;  // Real [rows]
+};
+
+// One tile of a search for the nearest row: what is found is kept where it is nearer.
+struct NearestArguments {
+  const void* queries;     // Real [rows, columns], contiguous
+  const void* query_norm;  // Real [rows]
+  const void* bank;        // Real [width, columns], contiguous
+  const void* bank_norm;   // Real [width]
+  const void* products;    // Real [rows, width], query . bank row
+  DType dtype;             // float32 or float64
+  std::int64_t columns;
+  std::int64_t width;
+  std::int64_t first;     // the tile's first row's index in the bank
+  double tolerance;       // of the products, relative to |query| |bank row|
+  void* distance;         // Real [rows], the nearest so far
+  std::int64_t* nearest;  // [rows], its index, or -1
+};
+
+struct ShortCircuitArguments {
+  void* logits;                 // Real [rows, classes], contiguous; changed in place
+  const void* features;         // Real [rows, columns], contiguous
+  const void* weight;           // Real [columns, classes], contiguous
+  const std::int64_t* removed;  // [rows, count], columns of the features
+  DType dtype;                  // float32 or float64
+  std::int64_t classes;
+  std::int64_t columns;
+  std::int64_t count;
+};
+
 std::size_t logit_gradient_scratch_bytes(std::int64_t classes);
 void logit_gradient(const LogitGradientArguments& arguments, std::int64_t begin, std::int64_t end);
 void multiply_row_norm(const RowNormArguments& arguments, std::int64_t begin, std::int64_t end);
+
+void subtract(const SubtractArguments& arguments, std::int64_t begin, std::int64_t end);
+void prototype_gradient(
+    const PrototypeGradientArguments& arguments, std::int64_t begin, std::int64_t end);
+void nearest(const NearestArguments& arguments, std::int64_t begin, std::int64_t end);
+void short_circuit(const ShortCircuitArguments& arguments, std::int64_t begin, std::int64_t end);
 
 // Here [begin, end) counts elements.
 void hadamard(const HadamardArguments& arguments, std::int64_t begin, std::int64_t end);

@@ -1,9 +1,8 @@
 // grood_fast::dual_project: coordinates of rank-one gradients in a subspace that is spanned by
 // others, z = ((D Da^T) o (H Ha^T + bias)) A, tile by tile: no B x N array is ever whole.
 #include <algorithm>
-#include <array>
 
-#include "common.h"
+#include "products.h"
 
 namespace grood_fast::ops {
 namespace {
@@ -52,16 +51,6 @@ class Rows {
   int64_t row_bytes_;
 };
 
-// out = a b
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{
-      torch::stable::detail::from(a), torch::stable::detail::from(b),
-      torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes over the reference that was returned
-}
-
 template <typename Real>
 void add(void* total, const void* part, int64_t count) {
   Real* to = static_cast<Real*>(total);
@@ -94,11 +83,8 @@ Tensor dual_project(
       delta.size(1) == anchor_delta.size(1) && features.size(1) == anchor_features.size(1),
       "anchors must have as many columns as delta and features: ", delta.size(1), " and ",
       features.size(1), ", got ", anchor_delta.size(1), " and ", anchor_features.size(1));
-  const DType dtype = dtype_of(coefficients, "coefficients");
+  const DType dtype = real_dtype_of(coefficients, "coefficients");
   const ScalarType real = coefficients.scalar_type();
-  STD_TORCH_CHECK(
-      real == ScalarType::Float || real == ScalarType::Double,
-      "coefficients must be float32 or float64: the products are accumulated in their precision");
   for (const Tensor* operand : {&delta, &features, &anchor_delta, &anchor_features})
     dtype_of(*operand, "delta, features and their anchors");
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from grood_fast.detectors.base import Detector
 from grood_fast.detectors.calibration import Calibration
+from grood_fast.detectors.fusion import DetectorScores, ensemble
 from grood_fast.detectors.named import (
     DETECTORS,
+    GROOD,
+    GSC,
     ExGrad,
+    Fused,
     GradNorm,
+    GradOrth,
     GradPCA,
+    JointDensity,
     LowDimensionalGradient,
     by_unique_name,
     detector,
@@ -18,15 +24,22 @@ from grood_fast.detectors.passes import Fitting, fit_together, score_together
 
 __all__ = [
     "DETECTORS",
+    "GROOD",
+    "GSC",
     "Calibration",
     "Detector",
+    "DetectorScores",
     "ExGrad",
     "Fitting",
+    "Fused",
     "GradNorm",
+    "GradOrth",
     "GradPCA",
+    "JointDensity",
     "LowDimensionalGradient",
     "by_unique_name",
     "detector",
+    "ensemble",
     "fit_together",
     "score_together",
     "with_twins",

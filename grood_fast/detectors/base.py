@@ -83,6 +83,11 @@ class Detector:
         return self.representation.needs
 
     @property
+    def fit_needs(self) -> frozenset[str]:
+        """The signals it reads beside the logits while it learns."""
+        return self.representation.fit_needs
+
+    @property
     def needs_fit(self) -> bool:
         """Whether it must see reference data before it can score."""
         return self.representation.needs_fit or self.score_function.needs_fit

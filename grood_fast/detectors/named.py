@@ -7,28 +7,42 @@ constructor.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from grood_fast.detectors.base import Detector
+from grood_fast.detectors.fusion import DetectorScores
 from grood_fast.errors import InputError
 from grood_fast.objectives import Objective
-from grood_fast.representations import HeadGradient, ProjectedHeadGradient
+from grood_fast.representations import (
+    HeadGradient,
+    Joint,
+    ProjectedHeadGradient,
+    PrototypeGradient,
+    Representation,
+    ShortCircuitedLogits,
+)
+from grood_fast.representations.prototype_gradient import Source
 from grood_fast.scores import (
     GEN,
     KNN,
     MSP,
     ClassGMM,
     Energy,
+    EnergyDrop,
     ExpectedGradientNorm,
+    Fusion,
     GradientNorm,
     Mahalanobis,
     MaxLogit,
+    Norm,
+    ProjectedGradientNorm,
     RelativeMahalanobis,
     Score,
     SubspaceShare,
     ViM,
 )
+from grood_fast.scores.fusion import Combination
 
 
 class GradNorm(Detector):
@@ -145,6 +159,148 @@ class GradPCA(Detector):
         super().__init__(SubspaceShare(), projected, name="gradpca")
 
 
+class GradOrth(Detector):
+    """GradOrth (Behpour et al., NeurIPS 2023): −‖dL/dW B Bᵀ‖ of the last layer.
+
+    L is the cross-entropy to the uniform distribution, B the subspace that holds the reference's
+    features; see :class:`~grood_fast.scores.ProjectedGradientNorm`. The uniform target and the
+    share are our reading. Higher = more OOD.
+
+    Args:
+        kept_share: of the features' sum of squares, which decides the subspace's dimension.
+    """
+
+    def __init__(self, kept_share: float = 0.97) -> None:
+        super().__init__(
+            ProjectedGradientNorm(kept_share), HeadGradient("uniform"), name="gradorth"
+        )
+
+
+class GROOD(Detector):
+    """GROOD (ElAraby et al., TMLR 2025): nearest neighbour of the gradient at an OOD prototype.
+
+    The loss is the cross-entropy over negative distances to the class prototypes and one OOD
+    prototype; its gradient with respect to the latter is compared with those of the reference
+    samples that the classifier gets right. See
+    :class:`~grood_fast.representations.PrototypeGradient`. Scores are in units of 2⁻⁴⁸; higher =
+    more OOD.
+
+    Args:
+        source: where the OOD prototype comes from; the default needs no OOD data.
+        score: ``"nearest"``: distance to the k-th nearest gradient; ``"cosine"``: the same between
+            directions; ``"norm"``: the gradient's norm; or any score on vectors.
+        k: of the nearest; the paper's 1.
+        validation_ood: loader of OOD validation samples for ``source="validation"``.
+        **options: further arguments of :class:`~grood_fast.representations.PrototypeGradient`.
+    """
+
+    def __init__(
+        self,
+        source: Source = "mixup",
+        score: Literal["nearest", "cosine", "norm"] | Score = "nearest",
+        k: int = 1,
+        validation_ood: Iterable[Any] | None = None,
+        **options: Any,
+    ) -> None:
+        if isinstance(score, str):
+            if score not in ("nearest", "cosine", "norm"):
+                raise InputError(f"score must be nearest, cosine, norm or a Score, got {score!r}.")
+            score = {
+                "nearest": KNN(k, "euclidean", centred=False),
+                "cosine": KNN(k, "cosine"),
+                "norm": Norm(),
+            }[score]
+        gradient = PrototypeGradient(source, validation_ood=validation_ood, **options)
+        super().__init__(score, gradient, name="grood")
+
+
+class GSC(Detector):
+    """Gradient short-circuit (Gu, Qiao and Li, ICCV 2025): energy without the decisive features.
+
+    The features whose gradient of the predicted logit is largest are set to zero; see
+    :class:`~grood_fast.representations.ShortCircuitedLogits`, also for what that means on the
+    head. The share, the score and the layer are our reading. Higher = more OOD.
+
+    Args:
+        layer: ``"head"``, a layer's name, or None for the end of the last stage but one.
+        score: ``"energy"``, ``"msp"``, ``"energy_drop"`` or any score on logits.
+        **options: further arguments of
+            :class:`~grood_fast.representations.ShortCircuitedLogits`.
+    """
+
+    def __init__(
+        self,
+        layer: str | None = "head",
+        score: Literal["energy", "msp", "energy_drop"] | Score = "energy",
+        **options: Any,
+    ) -> None:
+        if isinstance(score, str):
+            known: dict[str, type[Score]] = {
+                "energy": Energy,
+                "msp": MSP,
+                "energy_drop": EnergyDrop,
+            }
+            if score not in known:
+                raise InputError(f"score must be one of {', '.join(known)}, got {score!r}.")
+            score = known[score]()
+        super().__init__(score, ShortCircuitedLogits(layer, **options), name="gsc")
+
+
+class JointDensity(Detector):
+    """Negative log-density of activations at all depths and of gradient norms; higher = more OOD.
+
+    Activations at the end of every stage, averaged over positions, beside logarithms of gradient
+    norms, standardised, under one Gaussian a class. What is unusual at any depth counts, so that
+    attacked and corrupted inputs, which leave the last layer unmoved, are noticed too.
+
+    Args:
+        gradients: a representation that gives vectors, or its name: what of the gradient stands
+            beside the activations; None leaves it out.
+        score: on the joint vector; default :class:`~grood_fast.scores.ClassGMM` on standardised
+            coordinates. For hundreds of classes its covariances take too much memory: give
+            :class:`~grood_fast.scores.Mahalanobis`.
+    """
+
+    def __init__(
+        self,
+        gradients: Representation | str | None = "head_gradient_log_norms",
+        score: Score | None = None,
+    ) -> None:
+        parts: list[Representation | str] = ["stage_activations"]
+        if gradients is not None:
+            parts.append(gradients)
+        score = ClassGMM(shrinkage=1e-3, standardize=True) if score is None else score
+        super().__init__(score, Joint(parts), name="density")
+
+
+class Fused(Detector):
+    """Three kinds of evidence as one score: a relative distance, a logit score and a density.
+
+    The mean, on the scale of samples held out of the reference, of the relative Mahalanobis
+    distance, the energy and :class:`JointDensity`. For inputs of other classes and other data sets;
+    where inputs may be attacked or corrupted, the density alone does better.
+
+    Args:
+        gradients: see :class:`JointDensity`.
+        combine, scale: see :class:`~grood_fast.scores.Fusion`.
+        members: detectors, names or scores in place of the three.
+        held_out: share of the reference to hold out for the scale.
+    """
+
+    def __init__(
+        self,
+        gradients: Representation | str | None = "head_gradient_log_norms",
+        combine: Combination = "mean",
+        scale: Literal["moments", "ranks"] = "moments",
+        members: Sequence[str | Score | Detector] | None = None,
+        held_out: float = 0.05,
+    ) -> None:
+        if members is None:
+            members = [RelativeMahalanobis(), Energy(), JointDensity(gradients)]
+        made = list(by_unique_name(members).values())
+        super().__init__(Fusion(combine, scale), DetectorScores(made, held_out), name="fused")
+
+
 DETECTORS: dict[str, Callable[..., Score | Detector]] = {
     "msp": MSP,
     "maxlogit": MaxLogit,
@@ -159,6 +315,11 @@ DETECTORS: dict[str, Callable[..., Score | Detector]] = {
     "exgrad": ExGrad,
     "ldg": LowDimensionalGradient,
     "gradpca": GradPCA,
+    "gradorth": GradOrth,
+    "grood": GROOD,
+    "gsc": GSC,
+    "density": JointDensity,
+    "fused": Fused,
 }
 """Registry name → what makes it; every name is also the detector's own."""
 

@@ -173,7 +173,7 @@ def fit_together(
     if not learners:
         return
     fitting: Fitting | None = None
-    needs = frozenset[str]().union(*(detector.needs for detector in learners))
+    needs = frozenset[str]().union(*(detector.fit_needs for detector in learners))
     with closing(stream(classifier, reference, needs)) as batches:
         for signals in with_progress(batches, reference, "fitting", progress):
             find_head(classifier, signals)

@@ -21,6 +21,7 @@ from grood_fast.environment import environment
 from grood_fast.errors import FitWarning, InputError, warn
 from grood_fast.evaluation.metrics import accuracy, evaluate_scores
 from grood_fast.evaluation.report import Costs, Report, Result
+from grood_fast.layers import layer_needs
 from grood_fast.results import Scores, ScoreTable
 from grood_fast.scores import Score
 from grood_fast.scoring import fitted_precision, named, unfitted
@@ -137,9 +138,9 @@ def measure_costs(classifier: Classifier, detectors: Mapping[str, Detector], bat
     moved = batch.to(classifier.device)
     forward: list[float] = []
     rest: dict[str, list[float]] = {name: [] for name in detectors}
-    with classifier.session(features="features" in needs):
-        logits, features = classifier.forward(moved)  # also a warm-up
-        signals = Signals(logits, features, None, torch.arange(batch.size), moved)
+    with classifier.session("features" in needs, layer_needs(needs)):
+        outputs = classifier.forward(moved)  # also a warm-up
+        signals = Signals.of_last(classifier, outputs, moved)
         for detector in detectors.values():
             detector(replace(signals))
         end = time.perf_counter() + MEASURED_SECONDS

@@ -22,8 +22,11 @@ __all__ = [
     "dual_project",
     "head_gradient_norm",
     "logit_gradient",
+    "nearest_distance",
+    "prototype_gradient",
     "reference",
     "set_simd_level",
+    "short_circuit_logits",
     "simd_level",
 ]
 
@@ -201,6 +204,109 @@ def cluster_extremes(assignments: Tensor, energies: Tensor, clusters: int) -> tu
     return lowest, highest
 
 
+def prototype_gradient(
+    features: Tensor,
+    ood_prototype: Tensor,
+    offsets: Tensor,
+    *,
+    offset_norms: Tensor | None = None,
+    temperature: float = 1.0,
+    squared: bool = False,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of cross-entropy over distances to prototypes, with respect to the OOD prototype.
+
+    With s_k = −‖h − p_k‖/T for the classes and s = −‖h − p‖/T for the OOD prototype p, the
+    gradient of −log softmax(s)_y, for any class y, is g = π (h − p)/(T ‖h − p‖), π being p's
+    softmax; 0 at h = p. With squared distances it is 2 π (h − p)/T. Distances that products would
+    cancel are computed from differences.
+
+    Args:
+        features: (B, D) floating point, h.
+        ood_prototype: (D,) float32 or float64, p; everything is computed in this precision.
+        offsets: (C, D) of the same dtype, p_k − p.
+        offset_norms: (C,) their L2 norms, where they are known already.
+        temperature: T > 0.
+        squared: whether the distances are squared.
+        scale: of the gradient: π may be far below what float32 can square.
+
+    Returns:
+        (B, D) scale · g, and (B,) log π.
+
+    Raises:
+        RuntimeError: wrong shapes or dtypes.
+    """
+    if offset_norms is None:
+        offset_norms = torch.linalg.vector_norm(offsets, dim=1)
+    gradient, log_weight = _ops.prototype_gradient(
+        features, ood_prototype, offsets, offset_norms, temperature, squared, scale
+    )
+    return gradient, log_weight
+
+
+def nearest_distance(
+    queries: Tensor, bank: Tensor, *, bank_norms: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Euclidean distance of every query to its nearest row of a bank, exactly.
+
+    Products with tiles of the bank rule out almost all rows; the distances of the others are
+    computed from differences, so near-duplicates and tiny vectors keep their digits. There is no
+    B x N array. A bank sorted by its rows' norms is searched fastest: tiles that are too far from a
+    query by their norms alone are not looked at.
+
+    Args:
+        queries: (B, D) floating point.
+        bank: (N, D) floating point, N ≥ 1.
+        bank_norms: (N,) float32 or float64 L2 norms of the bank's rows, where they are known
+            already; everything is computed in their precision. Default: float64 for a float64
+            bank, float32 otherwise.
+
+    Returns:
+        (B,) distances of the norms' dtype, and (B,) int64 rows of the bank. A NaN among the
+        queries or anywhere in the bank gives NaN, as for ``torch.cdist(queries, bank).min(1)``.
+
+    Raises:
+        RuntimeError: wrong shapes or dtypes.
+    """
+    if bank_norms is None:
+        # In float64: a norm that underflowed would rule out what is nearest.
+        bank_norms = torch.linalg.vector_norm(bank, dim=1, dtype=torch.float64).to(_real(bank))
+    rounding = _rounding_of_factors()
+    distances, indices = _ops.nearest_distance(queries, bank, bank_norms, rounding)
+    return distances, indices
+
+
+def short_circuit_logits(
+    logits: Tensor, features: Tensor, weight_t: Tensor, removed: Tensor
+) -> Tensor:
+    """A linear head's logits without some of each sample's features: f_j − Σ_i W_ji h_i.
+
+    Args:
+        logits: (B, C) floating point, f = W h + b.
+        features: (B, D) floating point, h.
+        weight_t: (D, C) float32 or float64, the transposed weight; everything is computed in this
+            precision.
+        removed: (B, k) int64, which features of each sample are removed, each named once.
+
+    Returns:
+        (B, C), of the weight's dtype.
+
+    Raises:
+        RuntimeError: wrong shapes or dtypes, or a feature that is not there.
+    """
+    result: Tensor = _ops.short_circuit_logits(logits, features, weight_t, removed)
+    return result
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _rounding_of_factors() -> float:
+    """By how much torch rounds what it multiplies in float32, where the user lets it; relative."""
+    mkldnn: Any = torch.backends.mkldnn
+    backends = (mkldnn.matmul, mkldnn, torch.backends)
+    precisions = {getattr(backend, "fp32_precision", "none") for backend in backends}
+    return 2.0**-7 if precisions & {"bf16", "tf32"} else 0.0
+
+
 def simd_level() -> str:
     """The instruction set the kernels run with: ``"baseline"``, ``"avx2"`` or ``"avx512"``."""
     level: str = _ops.simd_level()
@@ -270,6 +376,30 @@ def _(
 @torch.library.register_fake("grood_fast::cluster_extremes")  # type: ignore[untyped-decorator]
 def _(assignments: Tensor, energies: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     return assignments.new_empty(clusters), assignments.new_empty(clusters)
+
+
+@torch.library.register_fake("grood_fast::prototype_gradient")  # type: ignore[untyped-decorator]
+def _(
+    features: Tensor,
+    ood_prototype: Tensor,
+    offsets: Tensor,
+    offset_norms: Tensor,
+    temperature: float,
+    squared: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return offsets.new_empty(features.shape), offsets.new_empty((features.shape[0],))
+
+
+@torch.library.register_fake("grood_fast::nearest_distance")  # type: ignore[untyped-decorator]
+def _(queries: Tensor, bank: Tensor, bank_norms: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    size = (queries.shape[0],)
+    return bank_norms.new_empty(size), bank_norms.new_empty(size, dtype=torch.int64)
+
+
+@torch.library.register_fake("grood_fast::short_circuit_logits")  # type: ignore[untyped-decorator]
+def _(logits: Tensor, features: Tensor, weight_t: Tensor, removed: Tensor) -> Tensor:
+    return weight_t.new_empty(logits.shape)
 
 
 # --- any device without a compiled kernel of its own: the plain-PyTorch twin ----------------------
@@ -372,8 +502,74 @@ def _cluster_extremes_elsewhere(
     return reference.cluster_extremes(assignments, energies, clusters)
 
 
+def _prototype_gradient_elsewhere(
+    features: Tensor,
+    ood_prototype: Tensor,
+    offsets: Tensor,
+    offset_norms: Tensor,
+    temperature: float,
+    squared: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    _check_real("offsets", offsets)
+    _check_matrices(features=features, offsets=offsets)
+    if not temperature > 0:
+        raise RuntimeError(f"temperature must be positive, got {temperature}")
+    columns = offsets.shape[1:]
+    if features.shape[1:] != columns or ood_prototype.shape != columns:
+        raise RuntimeError("features, offsets and ood_prototype must have as many columns")
+    if offset_norms.shape != offsets.shape[:1]:
+        raise RuntimeError("offset_norms must have the shape (C,)")
+    if {ood_prototype.dtype, offset_norms.dtype} != {offsets.dtype}:
+        raise RuntimeError("ood_prototype and offset_norms must have the dtype of the offsets")
+    wide = features.to(offsets.dtype)
+    return reference.prototype_gradient(wide, ood_prototype, offsets, temperature, squared, scale)
+
+
+def _nearest_distance_elsewhere(
+    queries: Tensor, bank: Tensor, bank_norms: Tensor, rounding: float
+) -> tuple[Tensor, Tensor]:
+    _check_real("bank_norms", bank_norms)
+    _check_matrices(queries=queries, bank=bank)
+    if queries.shape[1] != bank.shape[1] or len(bank) == 0 or bank_norms.shape != bank.shape[:1]:
+        raise RuntimeError("queries, bank and bank_norms must be (B, D), (N, D) and (N,), N >= 1")
+    return reference.nearest_distance(queries.to(bank_norms.dtype), bank.to(bank_norms.dtype))
+
+
+def _short_circuit_logits_elsewhere(
+    logits: Tensor, features: Tensor, weight_t: Tensor, removed: Tensor
+) -> Tensor:
+    _check_real("weight_t", weight_t)
+    _check_matrices(logits=logits, features=features, weight_t=weight_t)
+    if removed.ndim != 2 or removed.dtype != torch.int64:
+        raise RuntimeError("removed must be int64 of the shape (B, k)")
+    if not len(logits) == len(features) == len(removed):
+        raise RuntimeError("logits, features and removed must have as many rows")
+    if weight_t.shape != (features.shape[1], logits.shape[1]):
+        raise RuntimeError("weight_t must have the shape (D, C)")
+    wide = (logits.to(weight_t.dtype), features.to(weight_t.dtype))
+    return reference.short_circuit_logits(*wide, weight_t, removed)
+
+
+def _check_real(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(f"{name} must be float32 or float64")
+
+
+def _check_matrices(**matrices: Tensor) -> None:
+    for name, matrix in matrices.items():
+        if matrix.ndim != 2 or not matrix.is_floating_point():
+            raise RuntimeError(
+                f"{name} must be a floating point matrix, got {matrix.dtype} of shape "
+                f"{tuple(matrix.shape)}"
+            )
+
+
 for _name, _twin in (
     ("cluster_extremes", _cluster_extremes_elsewhere),
+    ("nearest_distance", _nearest_distance_elsewhere),
+    ("prototype_gradient", _prototype_gradient_elsewhere),
+    ("short_circuit_logits", _short_circuit_logits_elsewhere),
     ("dual_project", _dual_project_elsewhere),
     ("logit_gradient", _logit_gradient_elsewhere),
     ("head_gradient_norm", _head_gradient_norm_elsewhere),

@@ -81,6 +81,45 @@ def cluster_extremes(assignments: Tensor, energies: Tensor, clusters: int) -> tu
     return first("amin"), first("amax")
 
 
+def prototype_gradient(
+    features: Tensor,
+    ood_prototype: Tensor,
+    offsets: Tensor,
+    temperature: float = 1.0,
+    squared: bool = False,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """scale · dL/dp of (B, D) features, (D,) p and (C, D) p_k − p: (B, D), and log π (B,).
+
+    L is the cross-entropy over −‖h − p_k‖/T and −‖h − p‖/T, of which π is p's softmax.
+    """
+    x = features - ood_prototype
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    others = torch.cdist(x, offsets, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = torch.cat([others, norm], dim=1)
+    logits = -(distances.square() if squared else distances) / temperature
+    log_weight = torch.log_softmax(logits, dim=1)[:, -1]
+    length = (log_weight.exp() * scale / temperature).unsqueeze(1)
+    if squared:
+        return 2 * length * x, log_weight
+    return length * (x / torch.where(norm > 0, norm, 1)), log_weight
+
+
+def nearest_distance(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance of (B, D) queries to the nearest row of (N, D), and its index: (B,) each."""
+    distances = torch.cdist(queries, bank, compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = distances.min(dim=1)
+    return nearest.values, nearest.indices
+
+
+def short_circuit_logits(
+    logits: Tensor, features: Tensor, weight_t: Tensor, removed: Tensor
+) -> Tensor:
+    """f_j − Σ over the removed i of W_ji h_i, of (B, C), (B, D), (D, C), (B, k): (B, C)."""
+    contributions = features.gather(1, removed).unsqueeze(1) @ weight_t[removed]
+    return logits - contributions.squeeze(1)
+
+
 def row_norm(rows: Tensor, norm: str) -> Tensor:
     """The L1, L2 or L∞ norm of each row of (B, N): (B,)."""
     if rows.shape[1] == 0:

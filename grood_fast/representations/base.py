@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -16,15 +16,20 @@ class Representation(Component):
     """What a sample becomes, read off the signals of the one pass.
 
     Attributes:
-        needs: the signals it reads beside the logits, a subset of ``{"features"}``.
+        needs: the signals it reads beside the logits; see :func:`grood_fast.signals.stream`.
         facts: what fitting chose and found, JSON-serialisable, for the detector's card.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         super().__init__()
         self.facts: dict[str, Any] = {}
+
+    @property
+    def fit_needs(self) -> frozenset[str]:
+        """The signals that ``absorb`` reads, where these are more than ``needs``."""
+        return self.needs
 
     @abstractmethod
     def __call__(self, signals: Signals) -> Any:

@@ -21,7 +21,7 @@ class PenultimateFeatures(Representation):
     """The input of the linear head, h (B, D): every gradient detector's activation-space twin."""
 
     name = "features"
-    needs = frozenset({"features"})
+    needs: frozenset[str] = frozenset({"features"})
 
     def __call__(self, signals: Signals) -> Tensor:
         return signals.features
@@ -31,7 +31,7 @@ class WholeForward(Representation):
     """Logits and penultimate features together, for scores that weigh one against the other."""
 
     name = "signals"
-    needs = frozenset({"features"})
+    needs: frozenset[str] = frozenset({"features"})
 
     def __call__(self, signals: Signals) -> Signals:
         return signals

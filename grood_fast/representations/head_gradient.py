@@ -40,7 +40,7 @@ class HeadGradient(Representation):
     """
 
     name = "head_gradient"
-    needs = frozenset({"features"})
+    needs: frozenset[str] = frozenset({"features"})
 
     def __init__(
         self, objective: Objective | str | dict[str, Any] = "uniform", bias: bool = False

@@ -47,7 +47,7 @@ class ProjectedHeadGradient(Representation):
     """
 
     name = "projected_head_gradient"
-    needs = frozenset({"features"})
+    needs: frozenset[str] = frozenset({"features"})
     needs_fit = True
 
     def __init__(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from grood_fast.scores.base import Score
+from grood_fast.scores.fusion import Fusion
 from grood_fast.scores.gaussian import ClassGMM, Mahalanobis, RelativeMahalanobis
-from grood_fast.scores.gradient import ExpectedGradientNorm, GradientNorm
+from grood_fast.scores.gradient import ExpectedGradientNorm, GradientNorm, ProjectedGradientNorm
 from grood_fast.scores.knn import KNN
-from grood_fast.scores.logits import GEN, MSP, Energy, MaxLogit
+from grood_fast.scores.logits import GEN, MSP, Energy, EnergyDrop, MaxLogit
 from grood_fast.scores.norm import Norm
 from grood_fast.scores.probe import LinearProbe
 from grood_fast.scores.subspace import SubspaceResidual, SubspaceShare
@@ -21,6 +22,9 @@ SCORES: dict[str, type[Score]] = {
         GEN,
         GradientNorm,
         ExpectedGradientNorm,
+        ProjectedGradientNorm,
+        EnergyDrop,
+        Fusion,
         KNN,
         Mahalanobis,
         RelativeMahalanobis,
@@ -40,12 +44,15 @@ __all__ = [
     "SCORES",
     "ClassGMM",
     "Energy",
+    "EnergyDrop",
     "ExpectedGradientNorm",
+    "Fusion",
     "GradientNorm",
     "LinearProbe",
     "Mahalanobis",
     "MaxLogit",
     "Norm",
+    "ProjectedGradientNorm",
     "RelativeMahalanobis",
     "Score",
     "SubspaceResidual",

@@ -228,6 +228,8 @@ class ClassGMM(_GaussianScore):
     Args:
         shrinkage: weight s in [0, 1] of (trace(Σ_c) / D) I mixed into every Σ_c, or ``"oas"``,
             which chooses it for each class (see :func:`oas_shrinkage`).
+        standardize: divide every feature by its standard deviation over the reference first, so
+            that shrinkage and components do not depend on the features' units.
         n_components: reduce the features to this many principal components of the reference
             first, which lowers D in all of the above but the memory of the fit; None keeps all.
 
@@ -239,14 +241,24 @@ class ClassGMM(_GaussianScore):
     name: ClassVar[str] = "gmm"
     covariance: ClassVar[Literal["tied", "class"]] = "class"
 
-    def __init__(self, shrinkage: Shrinkage = 1e-3, n_components: int | None = None) -> None:
+    def __init__(
+        self,
+        shrinkage: Shrinkage = 1e-3,
+        n_components: int | None = None,
+        standardize: bool = False,
+    ) -> None:
         super().__init__(shrinkage)
+        self.standardize = standardize
         if n_components is not None and n_components < 1:
             raise InputError(f"n_components must be at least 1, got {n_components}.")
         self.n_components = n_components
 
     def config(self) -> dict[str, Any]:
-        return {"shrinkage": self.shrinkage, "n_components": self.n_components}
+        return {
+            "shrinkage": self.shrinkage,
+            "n_components": self.n_components,
+            "standardize": self.standardize,
+        }
 
     def _fit(self, moments: ClassMoments) -> dict[str, Tensor]:
         seen = moments.seen_classes()
@@ -255,9 +267,16 @@ class ClassGMM(_GaussianScore):
         counts = moments.counts[seen]
         means = moments.means[seen] - total.mean
         fitted = {"center": total.mean}
-        basis = None
+        basis, covariance = None, total.covariance()
+        scale = torch.ones_like(total.mean)
+        if self.standardize:
+            variance = covariance.diagonal()
+            scale = variance.rsqrt().where(variance > 0, scale)
         if self.n_components is not None:
-            basis = self._principal_components(total.covariance())
+            basis = self._principal_components(scale.unsqueeze(1) * covariance * scale) * scale
+        elif self.standardize:
+            basis = torch.diag(scale)
+        if basis is not None:
             means = means @ basis.T
             fitted["basis"] = basis
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from grood_fast import ops
 from grood_fast.errors import InputError
 from grood_fast.representations.head_gradient import HeadGradientFactors
 from grood_fast.scores.base import Score
+from grood_fast.statistics import Moments, keeps_state, require_same_config
+
+if TYPE_CHECKING:
+    from grood_fast.classifier import Classifier
 
 
 class GradientNorm(Score):
@@ -62,3 +67,66 @@ class ExpectedGradientNorm(Score):
     def on_activations(self) -> GradientNorm:
         """The factor ‖h‖₁ alone: the softmax is the gradient's part."""
         return GradientNorm("l1")
+
+
+class ProjectedGradientNorm(Score):
+    """Norm of the last layer's gradient inside the subspace of the reference's features.
+
+    ‖δ hᵀ B‖_F = ‖δ‖₂ ‖Bᵀh‖₂ (GradOrth, Behpour et al. 2023), with B the leading right-singular
+    vectors of the reference's features, which are not centred. With the sign of
+    :class:`GradientNorm`: for the uniform target, large = ID, so that it is negated.
+
+    Args:
+        kept_share: of the features' sum of squares; as many vectors as it takes.
+
+    Raises:
+        InputError: for a share out of (0, 1], or features that are not finite.
+    """
+
+    name = "projected_gradient_norm"
+    representation = "head_gradient"
+    needs_fit = True
+
+    def __init__(self, kept_share: float = 0.97) -> None:
+        super().__init__()
+        if not 0 < kept_share <= 1:
+            raise InputError(f"kept_share must lie in (0, 1], got {kept_share}.")
+        self.kept_share = kept_share
+        self._moments = Moments()
+
+    def config(self) -> dict[str, Any]:
+        return {"kept_share": self.kept_share}
+
+    def begin(self, classifier: Classifier) -> None:
+        self.fitted = {}
+        self._moments = Moments()
+
+    @keeps_state
+    def absorb(self, z: HeadGradientFactors, labels: Tensor | None, indices: Tensor) -> None:
+        """Take in one reference batch; labels are not read."""
+        self._moments.absorb(z.features, indices)
+
+    def merge(self, other: ProjectedGradientNorm) -> None:
+        require_same_config(self, other)
+        self._moments.merge(other._moments)
+
+    @keeps_state
+    def finish(self) -> None:
+        second_moment, mean = self._moments.covariance(), self._moments.mean
+        assert mean is not None
+        second_moment = second_moment.addr(mean, mean)
+        squares, directions = torch.linalg.eigh(second_moment)
+        squares, directions = squares.flip(0).clamp(min=0), directions.flip(1)
+        shares = squares.cumsum(0) / squares.sum().clamp(min=torch.finfo(squares.dtype).tiny)
+        kept = min(int((shares < self.kept_share * (1 - 1e-12)).sum()) + 1, len(squares))
+        self.fitted = {"basis": directions[:, :kept].T.contiguous()}
+        self._moments = Moments()
+
+    def __call__(self, z: HeadGradientFactors) -> Tensor:
+        self.require_fitted()
+        delta = z.objective.logit_gradient(z.statistics.logits, outputs=("l2",)).l2
+        assert delta is not None
+        inside = z.features.to(delta.dtype) @ self.fitted["basis"].to(delta.dtype).T
+        squares = inside.square().sum(dim=1) + (1 if z.bias else 0)
+        norm = delta * squares.sqrt()
+        return norm if z.objective.norm_sign > 0 else -norm

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from grood_fast import ops
 from grood_fast.errors import InputError
 from grood_fast.scores.base import Score
 from grood_fast.statistics import Reservoir, keeps_state, require_rows, require_same_config
@@ -30,6 +31,9 @@ RELATIVE_ERROR = 1e-5
 GROUP = 16
 """How many distances share a minimum where the nearest are selected."""
 
+IVF_TRAINING_ROWS = 39
+"""Rows a cell of an inverted file needs at least; faiss complains about fewer."""
+
 Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
@@ -37,7 +41,8 @@ class KNN(Score):
     """Euclidean distance to the k-th nearest reference sample; higher = more OOD.
 
     Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022. The search
-    is exact and its memory does not grow with (samples scored) x (reference samples).
+    is exact, but for ``"faiss_ivf"``, and its memory does not grow with (samples scored) x
+    (reference samples).
 
     Accuracy: float32, within 1e-5 relative of the k-th distance between the stored vectors, also
     among near-duplicates. NaN among the features gives a NaN score.
@@ -46,13 +51,18 @@ class KNN(Score):
         k: which neighbour; the paper uses 50 for CIFAR-10, 200 for CIFAR-100, 1000 for ImageNet.
         metric: ``"cosine"`` scales every vector to unit length first, as the paper does (distances
             in [0, 2]); ``"euclidean"`` does not.
+        centred: whether ``"euclidean"`` moves everything by the reference's mean first, which
+            changes no distance but its rounding. Not where what counts is near the origin.
         standardize: subtract the mean and divide by the standard deviation of the reference
             samples kept, feature by feature, before anything else. A feature that is constant
             there is only centred.
         max_samples: keep at most this many reference samples, chosen by their index; None keeps
             all, D x 4 bytes each.
         backend: ``"torch"``, on the features' device, or ``"faiss"`` (``IndexFlatL2``, on the
-            CPU); the results are the same.
+            CPU); the results are the same. ``"faiss_ivf"`` (``IndexIVFFlat``, on the CPU) is for
+            millions of reference samples: approximate, because it looks only where most of the
+            neighbours are.
+        probes: of ``"faiss_ivf"``: into how many of the index' 4√N cells it looks.
 
     Raises:
         InputError: for an unknown setting, features with NaN or Inf in the reference, or fewer
@@ -69,24 +79,30 @@ class KNN(Score):
         metric: Literal["cosine", "euclidean"] = "cosine",
         standardize: bool = False,
         max_samples: int | None = None,
-        backend: Literal["torch", "faiss"] = "torch",
+        backend: Literal["torch", "faiss", "faiss_ivf"] = "torch",
+        centred: bool = True,
+        probes: int = 16,
     ) -> None:
         super().__init__()
         if k < 1:
             raise InputError(f"k must be at least 1, got {k}.")
         if metric not in ("cosine", "euclidean"):
             raise InputError(f"metric must be 'cosine' or 'euclidean', got {metric!r}.")
-        if backend not in ("torch", "faiss"):
-            raise InputError(f"backend must be 'torch' or 'faiss', got {backend!r}.")
+        if backend not in ("torch", "faiss", "faiss_ivf"):
+            raise InputError(f"backend must be 'torch', 'faiss' or 'faiss_ivf', got {backend!r}.")
+        if probes < 1:
+            raise InputError(f"probes must be at least 1, got {probes}.")
         if max_samples is not None and max_samples < k:
             raise InputError(f"max_samples={max_samples} is less than k={k}: keep at least k.")
-        if backend == "faiss":
+        if backend != "torch":
             _import_faiss()
         self.k = k
         self.metric = metric
         self.standardize = standardize
         self.max_samples = max_samples
         self.backend = backend
+        self.centred = centred
+        self.probes = probes
         self._reservoir = Reservoir(max_samples)
         self._faiss: tuple[Tensor, Any] | None = None
 
@@ -97,6 +113,8 @@ class KNN(Score):
             "standardize": self.standardize,
             "max_samples": self.max_samples,
             "backend": self.backend,
+            "centred": self.centred,
+            "probes": self.probes,
         }
 
     def begin(self, classifier: Classifier) -> None:
@@ -125,7 +143,7 @@ class KNN(Score):
         blocks = torch.split(bank, max(1, BLOCK_BYTES // (8 * bank.shape[1])))
         offset, scale = torch.zeros_like(bank[0]), torch.ones_like(bank[0])
         # Distances do not change when everything moves, and products cancel less near the origin.
-        if self.standardize or self.metric == "euclidean":
+        if self.standardize or (self.metric == "euclidean" and self.centred):
             mean = torch.stack([block.double().sum(dim=0) for block in blocks]).sum(dim=0)
             mean /= len(bank)
             offset = mean.float()
@@ -139,6 +157,10 @@ class KNN(Score):
         self.fitted = {"bank": bank, "offset": offset, "scale": scale}
         for block in blocks:
             block.copy_(self._prepared(block))
+        if self.k == 1:  # the search for the nearest is fastest in the order of the norms
+            lengths = [torch.linalg.vector_norm(b, dim=1, dtype=torch.float64) for b in blocks]
+            norms, order = torch.cat(lengths).sort(stable=True)
+            self.fitted |= {"bank": bank[order], "norms": norms.float()}
 
     def _prepared(self, features: Tensor) -> Tensor:
         features = (features.float() - self.fitted["offset"]) / self.fitted["scale"]
@@ -155,25 +177,43 @@ class KNN(Score):
         self.require_fitted()
         bank = self.fitted["bank"]
         require_rows(z, bank.shape[1])
-        search = self._faiss_search() if self.backend == "faiss" else None
+        if self.k == 1 and self.backend == "torch" and z.device.type == "cpu":
+            norms = self.fitted["norms"]
+            return ops.nearest_distance(self._prepared(z), bank, bank_norms=norms)[0]
+        search = None if self.backend == "torch" else self._faiss_search()
         return kth_nearest_distance(self._prepared(z), bank, self.k, search=search)
 
     def _faiss_search(self) -> Search:
         bank = self.fitted["bank"]
         if self._faiss is None or self._faiss[0] is not bank:
-            index = _import_faiss().IndexFlatL2(bank.shape[1])
-            index.add(bank.cpu().numpy())
-            self._faiss = (bank, index)
+            self._faiss = (bank, self._faiss_index(bank))
         index = self._faiss[1]
 
         def search(queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-            squared, rows = index.search(queries.cpu().numpy(), count)
-            return (
-                torch.from_numpy(squared).to(queries.device),
-                torch.from_numpy(rows).to(queries.device),
+            squared, rows = (
+                torch.from_numpy(found).to(queries.device)
+                for found in index.search(queries.cpu().numpy(), count)
             )
+            few = (rows < 0).any(dim=1)  # the cells looked into hold less than was asked for
+            if bool(few.any()):
+                step = max(1, BLOCK_BYTES // (8 * bank.shape[1]))
+                squared[few], rows[few] = _nearest_by_products(queries[few], bank, count, step)
+            return squared, rows
 
         return search
+
+    def _faiss_index(self, bank: Tensor) -> Any:
+        faiss, (count, columns) = _import_faiss(), bank.shape
+        vectors = bank.cpu().numpy()
+        if self.backend == "faiss":
+            index = faiss.IndexFlatL2(columns)
+        else:
+            cells = max(1, min(int(4 * count**0.5), count // IVF_TRAINING_ROWS))
+            index = faiss.IndexIVFFlat(faiss.IndexFlatL2(columns), columns, cells)
+            index.train(vectors)
+            index.nprobe = min(self.probes, cells)
+        index.add(vectors)
+        return index
 
 
 def kth_nearest_distance(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grood_fast.errors import InputError
+from grood_fast.representations.short_circuit import ShortCircuitedStatistics
 from grood_fast.scores.base import Score
 from grood_fast.signals import LogitStatistics
 
@@ -98,3 +99,30 @@ class GEN(Score):
         one_minus_p = -torch.expm1(log_p)
         one_minus_p[:, 0] = summary.l1 / 2
         return ((self.gamma * log_p).exp() * one_minus_p.pow(self.gamma)).sum(dim=1)
+
+
+class EnergyDrop(_LogitScore):
+    """How little logsumexp falls when features are short-circuited: E(before) − E(after).
+
+    Reads :class:`~grood_fast.representations.ShortCircuitedLogits`. In-distribution logits rest on
+    the few features that are removed, so that they fall far; higher = more OOD.
+
+    Args:
+        temperature: T.
+    """
+
+    name = "energy_drop"
+    representation = "short_circuited_logits"
+
+    def __call__(self, z: ShortCircuitedStatistics) -> Tensor:
+        if not isinstance(z, ShortCircuitedStatistics):
+            raise InputError(
+                "energy_drop compares logits before and after a short-circuit: give it "
+                "ShortCircuitedLogits() for a representation."
+            )
+        before, after = z.before(self.temperature).energy, z(self.temperature).energy
+        return before.to(after.dtype) - after
+
+    def on_activations(self) -> Energy:
+        """The energy of the logits as they were."""
+        return Energy(self.temperature)

@@ -13,10 +13,10 @@ from peers import import_pytorch_ood
 from torch import Tensor, nn
 
 from grood_fast.classifier import Classifier
-from grood_fast.detectors import Detector, ExGrad, GradNorm
+from grood_fast.detectors import Detector, ExGrad, GradNorm, GradOrth
 from grood_fast.errors import InputError
 from grood_fast.representations import HeadGradient
-from grood_fast.scores import ExpectedGradientNorm, GradientNorm
+from grood_fast.scores import ExpectedGradientNorm, GradientNorm, ProjectedGradientNorm
 from grood_fast.signals import stream
 
 ORDERS = {"l1": 1, "l2": 2, "linf": float("inf")}
@@ -205,3 +205,40 @@ def test_configuration() -> None:
         GradNorm("L1")
     with pytest.raises(InputError, match="temperature must be positive"):
         GradNorm(temperature=0)
+
+
+@pytest.mark.parametrize("kept_share", [0.5, 0.97, 1.0])
+def test_gradorth_is_the_norm_of_the_projected_gradient(kept_share: float) -> None:
+    """Autograd's gradient matrix times the leading right-singular vectors of the features."""
+    model = toys.Net().double()
+    reference = toys.batches(90, dtype=torch.float64)
+    detector = GradOrth(kept_share).fit(model, reference)
+    features = torch.cat([toys.truth(model, x)[1] for x, _ in reference])
+    _, singular, right = torch.linalg.svd(features, full_matrices=False)
+    shares = singular.square().cumsum(0) / singular.square().sum()
+    basis = right[: int((shares < kept_share - 1e-12).sum()) + 1]
+    gradients = head_gradients(model, uniform(1.0))
+    expected = [-(g.reshape(toys.CLASSES, -1) @ basis.T).norm() for g in gradients]
+    actual = detector(toys.signals_of(model, X))
+    torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-9, atol=1e-12)
+    if kept_share == 1.0:  # all of the features' space: GradNorm in the L2 norm
+        whole = GradNorm("l2")(toys.signals_of(model, X))
+        torch.testing.assert_close(actual, whole, rtol=1e-9, atol=1e-12)
+
+
+def test_gradorth_refuses_and_merges() -> None:
+    with pytest.raises(InputError, match=r"kept_share must lie in \(0, 1\]"):
+        GradOrth(0.0)
+    model = toys.Net()
+    whole = GradOrth().fit(model, toys.batches(64))
+    parts = [ProjectedGradientNorm(), ProjectedGradientNorm()]
+    representation = HeadGradient("uniform")
+    for part, shard in zip(parts, (slice(0, 2), slice(2, 4)), strict=True):
+        part.begin(None)  # type: ignore[arg-type]
+        for x, _ in toys.batches(64)[shard]:
+            z = representation(toys.signals_of(model, x))
+            part.absorb(z, None, torch.arange(len(x)))
+    parts[0].merge(parts[1])
+    parts[0].finish()
+    z = representation(toys.signals_of(model, X.float()))
+    torch.testing.assert_close(parts[0](z), whole.score_function(z), rtol=1e-5, atol=1e-6)

@@ -268,3 +268,40 @@ def test_the_smallest_are_selected_by_groups(size: int, count: int) -> None:
     assert torch.equal(found, values.sort(dim=1).values[:, :count])
     assert torch.equal(values.gather(1, where), found)
     assert all(len(set(row)) == count for row in where.tolist())
+
+
+def test_an_inverted_file_finds_most_neighbours_and_true_distances() -> None:
+    pytest.importorskip("faiss")
+    bank, queries = _features(4000), _features(100, seed=1)
+    exact = _fit(KNN(5), bank)(queries)
+    for probes, found in ((30, 0.8), (102, 1.0)):
+        approximate = _fit(KNN(5, backend="faiss_ivf", probes=probes), bank)(queries)
+        assert (approximate >= exact * (1 - 1e-5)).all()
+        equal = torch.isclose(approximate, exact, rtol=1e-5, atol=0)
+        assert equal.float().mean() >= found
+    # Cells with too few rows for the question do not leave it unanswered.
+    few = _fit(KNN(50, backend="faiss_ivf", probes=1), bank)(queries)
+    assert few.isfinite().all()
+    tiny = _fit(KNN(3, backend="faiss_ivf"), bank[:20])(queries)
+    torch.testing.assert_close(tiny, _fit(KNN(3), bank[:20])(queries), rtol=1e-5, atol=0)
+    with pytest.raises(InputError, match="probes must be at least 1"):
+        KNN(backend="faiss_ivf", probes=0)
+
+
+def test_without_centring_what_is_near_the_origin_keeps_its_digits() -> None:
+    lengths = 10.0 ** -torch.linspace(0, 16, 300).unsqueeze(1)
+    bank = torch.nn.functional.normalize(_features(300)) * lengths
+    queries = 1.01 * bank[::7]
+    expected = _reference(bank, queries, 1)
+    actual = _fit(KNN(1, "euclidean", centred=False), bank)(queries)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    moved = _fit(KNN(1, "euclidean"), bank)(queries)
+    assert not np.allclose(moved, expected, rtol=1e-2, atol=0)
+
+
+def test_the_nearest_alone_is_the_first_of_several() -> None:
+    bank, queries = _features(2500), _features(70, seed=1)
+    for metric in ("cosine", "euclidean"):
+        expected = _fit(KNN(1, metric, backend="faiss"), bank)(queries)  # type: ignore[arg-type]
+        actual = _fit(KNN(1, metric), bank)(queries)  # type: ignore[arg-type]
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)

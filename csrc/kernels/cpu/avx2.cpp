@@ -20,7 +20,10 @@
 #define GROOD_FAST_VECTOR_BYTES 32
 #include "hadamard-inl.h"
 #include "logit_gradient-inl.h"
+#include "nearest-inl.h"
+#include "prototype_gradient-inl.h"
 #include "row_norm-inl.h"
+#include "short_circuit-inl.h"
 #include "table-inl.h"
 
 // GCC's target stays set: templates are instantiated at the end of the file.

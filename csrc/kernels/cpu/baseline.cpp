@@ -9,5 +9,8 @@
 #define GROOD_FAST_VECTOR_BYTES 16
 #include "hadamard-inl.h"
 #include "logit_gradient-inl.h"
+#include "nearest-inl.h"
+#include "prototype_gradient-inl.h"
 #include "row_norm-inl.h"
+#include "short_circuit-inl.h"
 #include "table-inl.h"

@@ -90,6 +90,23 @@ void hadamard(const HadamardArguments& arguments, std::int64_t begin, std::int64
   kernels().hadamard(arguments, begin, end);
 }
 
+void subtract(const SubtractArguments& arguments, std::int64_t begin, std::int64_t end) {
+  kernels().subtract(arguments, begin, end);
+}
+
+void prototype_gradient(
+    const PrototypeGradientArguments& arguments, std::int64_t begin, std::int64_t end) {
+  kernels().prototype_gradient(arguments, begin, end);
+}
+
+void nearest(const NearestArguments& arguments, std::int64_t begin, std::int64_t end) {
+  kernels().nearest(arguments, begin, end);
+}
+
+void short_circuit(const ShortCircuitArguments& arguments, std::int64_t begin, std::int64_t end) {
+  kernels().short_circuit(arguments, begin, end);
+}
+
 std::int64_t rows_per_task(std::int64_t classes, std::int64_t columns) {
   // An exponential costs about as much as eight absolute values.
   const std::int64_t rows = 160000 / (8 * classes + columns + 1);

@@ -16,6 +16,7 @@ struct Constants<float> {
   using Bits = std::uint32_t;
   using Index = std::int32_t;
   static constexpr float kLowest = -3.402823466e+38f;
+  static constexpr float kSmallestNormal = 1.175494351e-38f;
   static constexpr float kSmallSquare = 1e-30f;  // sums of squares below have lost digits
   static constexpr float kUnderflow = -126.0f;   // 2^y is taken for 0 below
   static constexpr float kRound = 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer
@@ -36,6 +37,7 @@ struct Constants<double> {
   using Bits = std::uint64_t;
   using Index = std::int64_t;
   static constexpr double kLowest = -1.7976931348623157e+308;
+  static constexpr double kSmallestNormal = 2.2250738585072014e-308;
   static constexpr double kSmallSquare = 1e-290;
   static constexpr double kUnderflow = -1022.0;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52

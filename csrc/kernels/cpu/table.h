@@ -9,6 +9,10 @@ struct KernelTable {
   void (*logit_gradient)(const LogitGradientArguments&, std::int64_t, std::int64_t);
   void (*multiply_row_norm)(const RowNormArguments&, std::int64_t, std::int64_t);
   void (*hadamard)(const HadamardArguments&, std::int64_t, std::int64_t);
+  void (*subtract)(const SubtractArguments&, std::int64_t, std::int64_t);
+  void (*prototype_gradient)(const PrototypeGradientArguments&, std::int64_t, std::int64_t);
+  void (*nearest)(const NearestArguments&, std::int64_t, std::int64_t);
+  void (*short_circuit)(const ShortCircuitArguments&, std::int64_t, std::int64_t);
 };
 
 namespace baseline {
