@@ -8,14 +8,18 @@ from typing import Any
 import faiss
 import pytest
 import torch
-from torch import Tensor
+from test_score import bare, loader
+from torch import Tensor, nn
 from torch.nn import functional
 
+import grood_fast as gf
 from grood_fast import ops
+from grood_fast.evaluation.networks import efficientnet_lite0, resnet18
 
 GRADIENT = "prototype_gradient, against cdist + softmax"
 NEAREST = "nearest_distance, exact, against torch.cdist + min and faiss IndexFlatL2"
 CIRCUIT = "short_circuit_logits, against a masked linear layer"
+WHOLE = "score() of a whole detector, against the bare forward loop"
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -130,6 +134,68 @@ def test_short_circuit_logits(
         ours,
         {"masked linear layer": masked},
         bar=1.0,
+    )
+
+
+def grood_with_a_bank(model: nn.Module, images: Tensor, rows: int) -> gf.Detector:
+    """GROOD fitted to a few images, with as many gradients in its bank as a large reference gives:
+    those of features drawn about the images' own."""
+    with torch.no_grad():
+        batches = [(some, model(some).argmax(dim=1)) for some in images.split(32)]
+    detector = gf.GROOD("prototype_mean").fit(model, batches, progress=False)
+    seen: list[Tensor] = []
+    hook = model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(images)
+    hook.remove()
+    features = seen[0][torch.arange(rows) % len(images)]
+    features = (features * (1 + 0.3 * normal(rows, features.shape[1], seed=5))).relu()
+    score = detector.score_function
+    score.begin(None)  # type: ignore[arg-type]
+    for indices in torch.arange(rows).split(4096):
+        z = detector.representation._gradient(features[indices])
+        score.absorb(z, None, indices)
+    score.finish()
+    return detector
+
+
+def test_grood_from_end_to_end(benchmark: Any, comparisons: Any) -> None:
+    model = efficientnet_lite0().eval()
+    data = loader((3, 224, 224), 32, 4)
+    detector = grood_with_a_bank(model, torch.cat([images for (images,) in data]), 50_000)
+    comparisons.timed(
+        benchmark,
+        WHOLE,
+        "grood, EfficientNet-lite0, batch 32, bank 50,000 x 1280",
+        lambda: gf.score(model, data, detector, progress=False),
+        {"bare forward loop": lambda: bare(model, data)},
+        bar=1.05,
+        lower=True,
+        seconds=25,
+    )
+
+
+CIRCUITS: dict[str, tuple[Any, tuple[int, ...], int, str | None, float | None]] = {
+    "gsc on the head, EfficientNet-lite0": (efficientnet_lite0, (3, 224, 224), 32, "head", 1.03),
+    "gsc behind the last stage but one, ResNet-18": (resnet18, (3, 32, 32), 64, None, None),
+}
+
+
+@pytest.mark.parametrize("case", CIRCUITS)
+def test_gsc_from_end_to_end(benchmark: Any, comparisons: Any, case: str) -> None:
+    make, shape, batch, layer, bar = CIRCUITS[case]
+    model = make().eval()
+    data = loader(shape, batch, 4)
+    detector = gf.GSC(layer)
+    comparisons.timed(
+        benchmark,
+        WHOLE,
+        f"{case}, batch {batch}",
+        lambda: gf.score(model, data, detector, progress=False),
+        {"bare forward loop": lambda: bare(model, data)},
+        bar=bar,
+        lower=True,
+        seconds=20,
     )
 
 

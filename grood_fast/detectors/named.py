@@ -257,8 +257,7 @@ class JointDensity(Detector):
         gradients: a representation that gives vectors, or its name: what of the gradient stands
             beside the activations; None leaves it out.
         score: on the joint vector; default :class:`~grood_fast.scores.ClassGMM` on standardised
-            coordinates. For hundreds of classes its covariances take too much memory: give
-            :class:`~grood_fast.scores.Mahalanobis`.
+            coordinates, with one covariance for all classes where there are too many.
     """
 
     def __init__(
@@ -269,7 +268,7 @@ class JointDensity(Detector):
         parts: list[Representation | str] = ["stage_activations"]
         if gradients is not None:
             parts.append(gradients)
-        score = ClassGMM(shrinkage=1e-3, standardize=True) if score is None else score
+        score = ClassGMM(shrinkage=1e-3, standardize=True, tied=None) if score is None else score
         super().__init__(score, Joint(parts), name="density")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Shrinkage = float | Literal["oas"]
+
+UNTIED_BUDGET = 1 << 30
+"""How many bytes one covariance a class may take where the number of classes decides."""
+
+NO_PRODUCTS = "donot_use_mm_for_euclid_dist"
 
 EIGENVALUE_TOLERANCE = 1e-12
 """Directions whose variance is below this share of the largest are left out of a distance: a
@@ -228,6 +234,8 @@ class ClassGMM(_GaussianScore):
     Args:
         shrinkage: weight s in [0, 1] of (trace(Σ_c) / D) I mixed into every Σ_c, or ``"oas"``,
             which chooses it for each class (see :func:`oas_shrinkage`).
+        tied: one covariance for all classes, B·C·D to score instead of B·C·D². None: where one for
+            each of the head's classes would take more than 1 GiB to fit.
         standardize: divide every feature by its standard deviation over the reference first, so
             that shrinkage and components do not depend on the features' units.
         n_components: reduce the features to this many principal components of the reference
@@ -246,9 +254,11 @@ class ClassGMM(_GaussianScore):
         shrinkage: Shrinkage = 1e-3,
         n_components: int | None = None,
         standardize: bool = False,
+        tied: bool | None = False,
     ) -> None:
         super().__init__(shrinkage)
-        self.standardize = standardize
+        self.standardize, self.tied = standardize, tied
+        self._classes: int | None = None
         if n_components is not None and n_components < 1:
             raise InputError(f"n_components must be at least 1, got {n_components}.")
         self.n_components = n_components
@@ -258,7 +268,20 @@ class ClassGMM(_GaussianScore):
             "shrinkage": self.shrinkage,
             "n_components": self.n_components,
             "standardize": self.standardize,
+            "tied": self.tied,
         }
+
+    def begin(self, classifier: Classifier) -> None:
+        super().begin(classifier)
+        known = classifier is not None and classifier.has_head
+        self._classes = classifier.num_classes if known else None
+
+    def absorb(self, z: Tensor, labels: Tensor | None, indices: Tensor) -> None:
+        if self._moments.dim is None:
+            size = 8 * (self._classes or 0) * z.shape[-1] ** 2
+            if self.tied or (self.tied is None and size > UNTIED_BUDGET):
+                self._moments = ClassMoments(covariance="tied")
+        super().absorb(z, labels, indices)
 
     def _fit(self, moments: ClassMoments) -> dict[str, Tensor]:
         seen = moments.seen_classes()
@@ -283,6 +306,8 @@ class ClassGMM(_GaussianScore):
         def reduced(scatter: Tensor) -> Tensor:
             return scatter if basis is None else basis @ scatter @ basis.T
 
+        if self._moments.covariance == "tied":
+            return {**fitted, **self._tied(moments, seen, means, reduced)}
         dim = means.shape[1]
         tied = reduced(moments.within_scatter()) / moments.count
         missing = (dim + 1 - counts).clamp(min=0)
@@ -304,6 +329,20 @@ class ClassGMM(_GaussianScore):
         log_priors = (counts.double() / moments.count).log()
         log_weights = log_priors + log_volumes - 0.5 * dim * math.log(2 * math.pi)
         return {**fitted, "means": means, "factors": factors, "log_weights": log_weights}
+
+    def _tied(
+        self,
+        moments: ClassMoments,
+        seen: Tensor,
+        means: Tensor,
+        reduced: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        covariance = reduced(moments.within_scatter()) / moments.count
+        whiten = whitening(shrink(covariance, self.shrinkage, moments.count))
+        # The volume: rows of the whitening are orthogonal, as long as the deviations are short.
+        volume = whiten.norm(dim=1).log().sum() - 0.5 * len(whiten) * math.log(2 * math.pi)
+        priors = (moments.counts[seen].double() / moments.count).log()
+        return {"means": means @ whiten.T, "whitening": whiten, "log_weights": priors + volume}
 
     def _principal_components(self, covariance: Tensor) -> Tensor:
         assert self.n_components is not None
@@ -331,6 +370,11 @@ class ClassGMM(_GaussianScore):
         centred = self._centred(z)
         if "basis" in self.fitted:
             centred = centred @ self.fitted["basis"].T
+        if "whitening" in self.fitted:
+            means, white = self.fitted["means"], centred @ self.fitted["whitening"].T
+            # Differences: products would cancel where clusters are tight.
+            squared = torch.cdist(white, means, compute_mode=NO_PRODUCTS).square()
+            return -(self.fitted["log_weights"] - 0.5 * squared).logsumexp(dim=1).float()
         parts = zip(
             self.fitted["means"],
             self.fitted["factors"],

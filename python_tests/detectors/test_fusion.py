@@ -199,6 +199,51 @@ def test_standardising_a_gmm_makes_units_irrelevant() -> None:
         assert_close(scores(x, **options), scores(x * units, **options), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("n_components", [None, 4])
+def test_a_tied_gmm_is_scipys_mixture(n_components: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(600) % 3
+    x = torch.randn(600, 6, generator=generator, dtype=torch.float64) + 2.0 * y.unsqueeze(1)
+    score = gf.ClassGMM(0.05, n_components=n_components, tied=True)
+    score.begin(None)  # type: ignore[arg-type]
+    for rows in torch.arange(600).split(70):
+        score.absorb(x[rows], y[rows], rows)
+    score.finish()
+    z = x
+    if n_components is not None:
+        centred = x - x.mean(dim=0)
+        z = centred @ torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :n_components]
+    means = torch.stack([z[y == c].mean(dim=0) for c in range(3)])
+    within = z - means[y]
+    covariance = within.T @ within / 600
+    spherical = covariance.trace() / len(covariance) * torch.eye(len(covariance))
+    covariance = 0.95 * covariance + 0.05 * spherical
+    parts = [stats.multivariate_normal(m, covariance).pdf(z.numpy()) for m in means.numpy()]
+    np.testing.assert_allclose(score(x), -np.log(np.mean(parts, axis=0)), rtol=1e-5)
+
+
+def test_one_covariance_where_there_are_too_many_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grood_fast.scores.gaussian.UNTIED_BUDGET", 8 * 3 * 6**2 - 1)
+    model = toys.Net()
+    automatic = gf.fit(model, REFERENCE, gf.ClassGMM(tied=None)).score(QUERIES)
+    tied = gf.fit(model, REFERENCE, gf.ClassGMM(tied=True)).score(QUERIES)
+    own = gf.fit(model, REFERENCE, gf.ClassGMM()).score(QUERIES)
+    assert torch.equal(plain(automatic), plain(tied))
+    assert not torch.equal(plain(automatic), plain(own))
+
+
+def test_everything_in_one_pass() -> None:
+    loader = toys.Counting(QUERIES)
+    far = toys.Counting([3 * toys.samples(40, seed=7)])
+    report = gf.evaluate(
+        toys.Net(), "all", id=loader, ood={"far": far}, reference=REFERENCE, resamples=5
+    )
+    assert loader.iterations == far.iterations == 1
+    assert set(gf.DETECTORS) <= set(report.detectors)
+    table = report.to_markdown()
+    assert all(f"| {name} |" in table for name in gf.DETECTORS)
+
+
 class TestPValues:
     HELD_OUT = torch.randn(500, generator=torch.Generator().manual_seed(0)).double().sort().values
 
