@@ -233,18 +233,15 @@ class Classifier:
             InputError: called outside a session; the model cannot be called with this batch, or
                 does not return one row of logits a sample.
         """
-        session = self._session
-        if session is None:
-            raise InputError("forward() works only inside `with classifier.session(...):`.")
-        if session.network is None:
-            session.network = self._prepare(session, batch)
+        network, session = self.network(batch), self._session
+        assert session is not None
         batch = batch.to(self.device)
         if self.precision == "bf16":
             dtype = torch.bfloat16 if self._first_in_bf16 else torch.float32
             batch = batch.map_inputs(lambda tensor: _cast(tensor, dtype))
         session.calls.clear()
         try:
-            output = _call(session.network, batch)
+            output = _call(network, batch)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -259,6 +256,25 @@ class Classifier:
         if self.precision == "bf16":
             return logits.float(), None if features is None else features.float()
         return logits, features
+
+    def network(self, batch: Batch) -> nn.Module:
+        """The module that :meth:`forward` runs, inside a session: the model, or a copy of it.
+
+        Args:
+            batch: the head is found with it, if it is needed and was not found before.
+
+        Raises:
+            HeadNotFoundError: features are wanted and the model has no linear head.
+            InputError: called outside a session.
+        """
+        session = self._session
+        if session is None:
+            raise InputError(
+                "forward() and network() work only inside `with classifier.session(...):`."
+            )
+        if session.network is None:
+            session.network = self._prepare(session, batch)
+        return session.network
 
     @property
     def _head(self) -> _Head:

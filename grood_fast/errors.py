@@ -44,3 +44,7 @@ class ScoreWarning(UserWarning):
 
 class LoaderWarning(UserWarning):
     """The loader's order or length is not what the scores' order relies on."""
+
+
+class NetworkWarning(UserWarning):
+    """Something about a network makes its gradients slower than they could be."""

@@ -56,12 +56,31 @@ struct HadamardArguments {
   DType dtype;  // float32 or float64
 };
 
+// For every row of every sample: the sum over the shifts s of
+// left[sample, row, :] . right[sample, row + s, s : s + columns].
+struct ShiftedProductsArguments {
+  const void* left;  // Real [samples, rows, columns], contiguous
+  std::int64_t rows;
+  std::int64_t columns;
+  const void* right;  // Real, at least [samples, rows + s, columns + s] for the largest shift
+  std::int64_t right_sample_stride;  // in elements
+  std::int64_t right_row_stride;
+  const std::int64_t* shifts;
+  std::int64_t shift_count;  // >= 1
+  double* sums;              // [samples, rows]
+  DType dtype;               // float32 or float64
+};
+
 std::size_t logit_gradient_scratch_bytes(std::int64_t classes);
 void logit_gradient(const LogitGradientArguments& arguments, std::int64_t begin, std::int64_t end);
 void multiply_row_norm(const RowNormArguments& arguments, std::int64_t begin, std::int64_t end);
 
 // Here [begin, end) counts elements.
 void hadamard(const HadamardArguments& arguments, std::int64_t begin, std::int64_t end);
+
+// Here [begin, end) counts rows of all samples together.
+void shifted_products(
+    const ShiftedProductsArguments& arguments, std::int64_t begin, std::int64_t end);
 
 // Rows a thread should at least get: under about 20 microseconds of work, waking one costs more.
 std::int64_t rows_per_task(std::int64_t classes, std::int64_t columns);

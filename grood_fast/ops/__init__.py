@@ -5,6 +5,7 @@ Plain-PyTorch twins of the same names stand in :mod:`grood_fast.ops.reference`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "LogitGradient",
     "dual_project",
     "head_gradient_norm",
+    "layer_gradient_sqnorm",
     "logit_gradient",
     "reference",
     "set_simd_level",
@@ -180,6 +182,29 @@ def dual_project(
     return result
 
 
+def layer_gradient_sqnorm(activation: Tensor, delta: Tensor, offsets: Sequence[int]) -> Tensor:
+    """‖G‖² per sample of a gradient G that is a sum of outer products over positions.
+
+    G consists of one (M, N) block an offset, G_j = Σ_r delta_r activation_{r + offset_j}ᵀ: a linear
+    layer on sequences has the one offset 0, a convolution one for every entry of its kernel, so
+    that no patches are gathered. The blocks are formed one at a time, or not at all where the
+    positions' inner products take fewer multiplications.
+
+    Args:
+        activation: (B, Q, N) floating point.
+        delta: (B, R, M) floating point; float64 exactly if the activations are.
+        offsets: at least one, each from 0 to Q − R.
+
+    Returns:
+        (B,) float64 for float64 operands, float32 otherwise: half precision is widened.
+
+    Raises:
+        RuntimeError: wrong shapes, dtypes or offsets.
+    """
+    result: Tensor = _ops.layer_gradient_sqnorm(activation, delta, list(offsets))
+    return result
+
+
 def simd_level() -> str:
     """The instruction set the kernels run with: ``"baseline"``, ``"avx2"`` or ``"avx512"``."""
     level: str = _ops.simd_level()
@@ -244,6 +269,11 @@ def _(
     bias: float,
 ) -> Tensor:
     return coefficients.new_empty((delta.shape[0], coefficients.shape[1]))
+
+
+@torch.library.register_fake("grood_fast::layer_gradient_sqnorm")  # type: ignore[untyped-decorator]
+def _(activation: Tensor, delta: Tensor, offsets: list[int]) -> Tensor:
+    return delta.new_empty((delta.shape[0],), dtype=_real(delta))
 
 
 # --- any device without a compiled kernel of its own: the plain-PyTorch twin ----------------------
@@ -334,7 +364,22 @@ def _dual_project_elsewhere(
     return reference.dual_project(d, h, anchors_d, anchors_h, a, bias)
 
 
+def _layer_gradient_sqnorm_elsewhere(
+    activation: Tensor, delta: Tensor, offsets: list[int]
+) -> Tensor:
+    if activation.ndim != 3 or delta.ndim != 3 or len(activation) != len(delta):
+        raise RuntimeError("activation and delta must have the shapes (B, Q, N) and (B, R, M)")
+    operands = (activation, delta)
+    if not all(t.is_floating_point() for t in operands) or _real(activation) != _real(delta):
+        raise RuntimeError("activation and delta must be floating point, both float64 or neither")
+    if not offsets or min(offsets) < 0 or max(offsets) + delta.shape[1] > activation.shape[1]:
+        raise RuntimeError("each offset must lie between 0 and Q - R, and there must be one")
+    real = _real(delta)
+    return reference.layer_gradient_sqnorm(activation.to(real), delta.to(real), offsets)
+
+
 for _name, _twin in (
+    ("layer_gradient_sqnorm", _layer_gradient_sqnorm_elsewhere),
     ("dual_project", _dual_project_elsewhere),
     ("logit_gradient", _logit_gradient_elsewhere),
     ("head_gradient_norm", _head_gradient_norm_elsewhere),
@@ -454,4 +499,30 @@ def _dual_project_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd(
     "grood_fast::dual_project", _dual_project_backward, setup_context=_save_dual_project
+)
+
+
+def _save_layer_gradient_sqnorm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.offsets = inputs[2]
+
+
+def _layer_gradient_sqnorm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    activation, delta = (tensor.to(grad.dtype) for tensor in saved)
+    count, scale = delta.shape[1], 2 * grad.reshape(-1, 1, 1)
+    through_activation, through_delta = torch.zeros_like(activation), torch.zeros_like(delta)
+    for offset in ctx.offsets:
+        part = activation[:, offset : offset + count]
+        gradient = scale * (delta.mT @ part)
+        through_delta = through_delta + part @ gradient.mT
+        shift = (0, 0, offset, activation.shape[1] - offset - count)
+        through_activation = through_activation + torch.nn.functional.pad(delta @ gradient, shift)
+    return through_activation.to(saved[0].dtype), through_delta.to(saved[1].dtype), None
+
+
+torch.library.register_autograd(
+    "grood_fast::layer_gradient_sqnorm",
+    _layer_gradient_sqnorm_backward,
+    setup_context=_save_layer_gradient_sqnorm,
 )

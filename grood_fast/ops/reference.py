@@ -7,6 +7,8 @@ ops have to beat.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -53,6 +55,14 @@ def dual_project(
 ) -> Tensor:
     """((δΔᵀ) ∘ (hHᵀ + bias)) A of (B, C), (B, D), (N, C), (N, D), (N, K): (B, K)."""
     return ((delta @ anchor_delta.T) * (features @ anchor_features.T + bias)) @ coefficients
+
+
+def layer_gradient_sqnorm(activation: Tensor, delta: Tensor, offsets: Sequence[int]) -> Tensor:
+    """Σ_j ‖Σ_r delta_r activation_{r + offset_j}ᵀ‖² of (B, Q, N) and (B, R, M): (B,)."""
+    count = delta.shape[1]
+    shifted = (activation[:, offset : offset + count] for offset in offsets)
+    parts = [(delta.mT @ part).square().sum(dim=(1, 2)) for part in shifted]
+    return torch.stack(parts).sum(dim=0)
 
 
 def row_norm(rows: Tensor, norm: str) -> Tensor:

@@ -21,6 +21,7 @@
 #include "hadamard-inl.h"
 #include "logit_gradient-inl.h"
 #include "row_norm-inl.h"
+#include "shifted_products-inl.h"
 #include "table-inl.h"
 
 // GCC's target stays set: templates are instantiated at the end of the file.

@@ -10,4 +10,5 @@
 #include "hadamard-inl.h"
 #include "logit_gradient-inl.h"
 #include "row_norm-inl.h"
+#include "shifted_products-inl.h"
 #include "table-inl.h"

@@ -90,6 +90,11 @@ void hadamard(const HadamardArguments& arguments, std::int64_t begin, std::int64
   kernels().hadamard(arguments, begin, end);
 }
 
+void shifted_products(
+    const ShiftedProductsArguments& arguments, std::int64_t begin, std::int64_t end) {
+  kernels().shifted_products(arguments, begin, end);
+}
+
 std::int64_t rows_per_task(std::int64_t classes, std::int64_t columns) {
   // An exponential costs about as much as eight absolute values.
   const std::int64_t rows = 160000 / (8 * classes + columns + 1);
