@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from grood_fast.objectives import Objective as Objective
     from grood_fast.representations import HeadGradient as HeadGradient
     from grood_fast.representations import Logits as Logits
+    from grood_fast.representations import NetworkGradientNorms as NetworkGradientNorms
     from grood_fast.representations import PenultimateFeatures as PenultimateFeatures
     from grood_fast.representations import ProjectedHeadGradient as ProjectedHeadGradient
+    from grood_fast.representations import ProjectedNetworkGradient as ProjectedNetworkGradient
     from grood_fast.results import Scores as Scores
     from grood_fast.results import ScoreTable as ScoreTable
     from grood_fast.scores import GEN as GEN
@@ -62,7 +64,14 @@ _PUBLIC = {
     "errors": ("GroodFastError",),
     "evaluation": ("Report", "evaluate"),
     "objectives": ("Objective",),
-    "representations": ("HeadGradient", "Logits", "PenultimateFeatures", "ProjectedHeadGradient"),
+    "representations": (
+        "HeadGradient",
+        "Logits",
+        "NetworkGradientNorms",
+        "PenultimateFeatures",
+        "ProjectedHeadGradient",
+        "ProjectedNetworkGradient",
+    ),
     "results": ("ScoreTable", "Scores"),
     "scores": (
         "GEN",

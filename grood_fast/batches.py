@@ -75,6 +75,12 @@ class Batch:
         hashes = [hash_rows(value) for value in inputs if _has_rows(value, self.size)]
         return hash_rows(torch.stack(hashes, dim=1))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all inputs."""
+        inputs = (*self.args, *self.kwargs.values())
+        return sum(value.nbytes for value in inputs if isinstance(value, Tensor))
+
     def first(self, count: int) -> Batch:
         """The first ``count`` samples; the whole batch if some argument has not B rows."""
         inputs = (*self.args, *self.kwargs.values())
@@ -82,7 +88,6 @@ class Batch:
             return self
         labels = None if self.labels is None else self.labels[:count]
         return replace(self.map_inputs(lambda tensor: tensor[:count]), labels=labels, size=count)
-
 
     def resized(self, size: int) -> Batch:
         """A batch of ``size`` samples, the first ones, over again where there are too few.

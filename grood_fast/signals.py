@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -13,7 +13,11 @@ from torch import Tensor
 from grood_fast import ops
 from grood_fast.batches import Batch, preview
 from grood_fast.classifier import Classifier
-from grood_fast.errors import HeadNotFoundError
+from grood_fast.errors import HeadNotFoundError, InputError
+from grood_fast.network import NetworkGradients, NetworkNeed, NetworkPass
+
+Need = str | NetworkNeed
+"""What a detector asks the pass for beside the logits: ``"features"``, or gradients."""
 
 
 class LogitSummary(NamedTuple):
@@ -76,7 +80,9 @@ class Signals:
         penultimate: (B, D) penultimate features, or None where nobody asked for them.
         labels: (B,) int64 on the model's device, or None where the loader gives none.
         indices: (B,) int64 on the CPU, the samples' positions in the loader.
-        batch: what the model was given, as the loader yielded it.
+        batch: what the model was given, as the loader yielded it, or a piece of that.
+        network: the gradients of the network's parameters, for as long as the pass is at this
+            batch; None where nobody asked for them.
     """
 
     logits: Tensor
@@ -84,6 +90,7 @@ class Signals:
     labels: Tensor | None
     indices: Tensor
     batch: Batch
+    network: NetworkGradients | None = None
 
     @property
     def features(self) -> Tensor:
@@ -98,6 +105,19 @@ class Signals:
             )
         return self.penultimate
 
+    @property
+    def gradients(self) -> NetworkGradients:
+        """The gradients of the network's parameters.
+
+        Raises:
+            InputError: the pass was made without them.
+        """
+        if self.network is None:
+            raise InputError(
+                "These signals hold no network gradients: make the pass with needs={NetworkNeed()}."
+            )
+        return self.network
+
     @cached_property
     def statistics(self) -> LogitStatistics:
         """The logits' softmax statistics, shared by everything that reads them."""
@@ -110,7 +130,7 @@ class Signals:
 
 
 def stream(
-    classifier: Classifier, loader: Iterable[object], needs: frozenset[str] | set[str]
+    classifier: Classifier, loader: Iterable[object], needs: Set[Need]
 ) -> Generator[Signals, None, None]:
     """One pass of the classifier over a loader, batch by batch, in evaluation mode.
 
@@ -121,17 +141,28 @@ def stream(
     Args:
         classifier: the user's model.
         loader: yields batches; see :func:`grood_fast.batches.parse_batch`.
-        needs: signals beside the logits, a subset of ``{"features"}``.
+        needs: signals beside the logits: ``"features"``, and a
+            :class:`~grood_fast.network.NetworkNeed` for gradients of the whole network. With one,
+            batches may come in pieces, to keep within its memory budget.
 
     Raises:
         InputError: an empty loader, or a batch that does not fit.
         HeadNotFoundError: features are needed and the model has no linear head.
     """
+    network_needs = [need for need in needs if isinstance(need, NetworkNeed)]
     with classifier.session(features="features" in needs):
+        network_pass = NetworkPass(classifier, network_needs) if network_needs else None
         start = 0
         for batch in preview(loader)[1]:
-            logits, features = classifier.forward(batch)
-            labels = None if batch.labels is None else batch.labels.to(logits.device)
-            indices = torch.arange(start, start + batch.size)
-            start += batch.size
-            yield Signals(logits, features, labels, indices, batch)
+            for piece in [batch] if network_pass is None else network_pass.pieces(batch):
+                gradients = None
+                if network_pass is None:
+                    logits, features = classifier.forward(piece)
+                else:
+                    logits, features, gradients = network_pass.forward(piece)
+                labels = None if piece.labels is None else piece.labels.to(logits.device)
+                indices = torch.arange(start, start + piece.size)
+                start += piece.size
+                yield Signals(logits, features, labels, indices, piece, gradients)
+                if gradients is not None:
+                    gradients.release()  # whoever keeps the signals shall not keep the graph

@@ -7,14 +7,15 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from typing import Any, TypeVar
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from grood_fast import persistence
-from grood_fast.batches import is_batch, order_warning
+from grood_fast.batches import Batch, is_batch, order_warning, preview
 from grood_fast.classifier import Classifier, Precision
 from grood_fast.detectors.calibration import Calibration, SampleSketch, check_recall
 from grood_fast.errors import (
@@ -28,13 +29,16 @@ from grood_fast.errors import (
 from grood_fast.representations import REPRESENTATIONS, Representation
 from grood_fast.results import Column, Scores, ScoreTable
 from grood_fast.scores import SCORES, Score
-from grood_fast.signals import Signals, stream
+from grood_fast.signals import Need, Signals, stream
 
 logger = logging.getLogger(__name__)
 
 Self = TypeVar("Self", bound="Detector")
 
 FILE_KIND, FILE_VERSION = "detector", 1
+
+WARM_UP_BYTES = 256 << 20
+"""So many bytes of inputs at most are kept for a warm-up."""
 
 
 class Detector:
@@ -76,7 +80,7 @@ class Detector:
     # --- what it is ---------------------------------------------------------------------------
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         """The signals it reads beside the logits."""
         return self.representation.needs
 
@@ -416,13 +420,25 @@ class Fitting:
     """What one pass over the reference teaches a detector: absorb, merge, finish, install.
 
     The detector itself does not change before :meth:`install`.
+
+    Args:
+        detector: to be fitted.
+        classifier: the model.
+        representation: begun already; a fresh one if None.
     """
 
-    def __init__(self, detector: Detector, classifier: Classifier) -> None:
+    def __init__(
+        self,
+        detector: Detector,
+        classifier: Classifier,
+        representation: Representation | None = None,
+    ) -> None:
         self.detector = detector
         self.count = 0
         self.representation = detector.representation
-        if self.representation.needs_fit:
+        if representation is not None:
+            self.representation = representation
+        elif self.representation.needs_fit:
             self.representation = self.representation.fresh()
             self.representation.begin(classifier)
         self.score = detector.score_function.fresh()
@@ -507,18 +523,72 @@ def fit_together(
     if not learners:
         return
     fittings: list[Fitting] = []
-    needs = frozenset[str]().union(*(detector.needs for detector in learners))
-    with closing(stream(classifier, reference, needs)) as batches:
+    needs = frozenset[Need]().union(*(detector.needs for detector in learners))
+    warmed_up = _warm_up(classifier, learners, reference, needs)
+    with closing(stream(classifier, warmed_up.loader, needs)) as batches:
         for signals in _progress(batches, reference, "fitting", progress):
             _find_head(classifier, signals)
             if not fittings:
-                fittings = [Fitting(detector, classifier) for detector in learners]
+                fittings = [
+                    Fitting(detector, classifier, representation)
+                    for detector, representation in zip(
+                        learners, warmed_up.representations, strict=True
+                    )
+                ]
             for fitting in fittings:
                 fitting.absorb(signals)
     for fitting in fittings:
         fitting.finish()
     for fitting in fittings:
         fitting.install(classifier)
+
+
+class _WarmedUp(NamedTuple):
+    """The loader, from its start, and the representations that have seen some of it before."""
+
+    loader: Iterable[Any]
+    representations: list[Representation | None]
+
+
+def _warm_up(
+    classifier: Classifier,
+    detectors: Sequence[Detector],
+    reference: Iterable[Any],
+    needs: frozenset[Need],
+) -> _WarmedUp:
+    """Let representations that ask for it see the first samples before the pass.
+
+    The samples are kept meanwhile, so that a loader that can be read but once is read once.
+    """
+    wanted = max((detector.representation.warm_up_samples for detector in detectors), default=0)
+    if not wanted:
+        return _WarmedUp(reference, [None] * len(detectors))
+    begun: list[Representation | None] = []
+    for detector in detectors:
+        fresh = None
+        if detector.representation.warm_up_samples:
+            fresh = detector.representation.fresh()
+            fresh.begin(classifier)
+        begun.append(fresh)
+    _, remaining = preview(reference)
+    kept: list[Batch] = []
+    count = size = 0
+    for batch in remaining:
+        kept.append(batch)
+        count, size = count + batch.size, size + batch.nbytes
+        if count >= wanted or size >= WARM_UP_BYTES:
+            break
+    seen = 0
+    with closing(stream(classifier, kept, needs)) as batches:
+        for signals in batches:
+            for fresh in begun:
+                if fresh is not None and seen < fresh.warm_up_samples:
+                    fresh.warm_up(signals)
+            seen += len(signals.indices)
+    for fresh in begun:
+        if fresh is not None:
+            fresh.finish_warm_up()
+    return _WarmedUp(chain(kept, remaining), begun)
 
 
 def score_together(
@@ -544,7 +614,7 @@ def score_together(
         )
     for detector in detectors.values():
         detector.to(classifier.device)
-    needs = frozenset[str]().union(*(detector.needs for detector in detectors.values()))
+    needs = frozenset[Need]().union(*(detector.needs for detector in detectors.values()))
     device = classifier.device
     columns = {name: Column(torch.float32, device) for name in detectors}
     predictions, labels = Column(torch.int64, device), Column(torch.int64, device)

@@ -7,13 +7,18 @@ constructor.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from grood_fast.detectors.base import Detector
 from grood_fast.errors import InputError
 from grood_fast.objectives import Objective
-from grood_fast.representations import HeadGradient, ProjectedHeadGradient
+from grood_fast.representations import (
+    HeadGradient,
+    ProjectedHeadGradient,
+    ProjectedNetworkGradient,
+    Representation,
+)
 from grood_fast.scores import (
     GEN,
     KNN,
@@ -63,9 +68,10 @@ class ExGrad(Detector):
 class LowDimensionalGradient(Detector):
     """Low-dimensional gradient (Wu et al., arXiv 2310.17163): a score on projected gradients.
 
-    The gradient of the energy with respect to the last layer, on its principal components over the
-    reference (or on the class averages), without ever being formed. The paper takes all parameters
-    of the network; this is the last layer's part of it.
+    The gradient of the energy on its principal components over the reference (or on the class
+    averages), without ever being formed. The paper takes all parameters of the network; the last
+    layer's part of it costs next to nothing, all of it somewhat more than a backward pass of the
+    activations.
 
     Args:
         n_components: K; the paper's 200 for CIFAR-10.
@@ -73,9 +79,12 @@ class LowDimensionalGradient(Detector):
         kind: ``"pca"``, or ``"class_averages"``, the paper's choice for ImageNet.
         score: on the coordinates; default :class:`~grood_fast.scores.KNN` with the paper's k = 5 on
             unit-length vectors.
+        parameters: ``"head"``: the weight of the last layer; ``"last_block"``: the last of the
+            model's blocks and what follows; ``"all"``; or names of parameters or modules.
         **options: further arguments of
-            :class:`~grood_fast.representations.ProjectedHeadGradient`, such as ``whiten=True`` for
-            the paper's normalisation.
+            :class:`~grood_fast.representations.ProjectedHeadGradient` for ``"head"``, else of
+            :class:`~grood_fast.representations.ProjectedNetworkGradient`, such as ``whiten=True``
+            after the paper's normalisation.
     """
 
     def __init__(
@@ -84,11 +93,18 @@ class LowDimensionalGradient(Detector):
         objective: Objective | str = "energy",
         kind: Literal["pca", "class_averages"] = "pca",
         score: Score | None = None,
+        parameters: str | Sequence[str] = "head",
         **options: Any,
     ) -> None:
-        projected = ProjectedHeadGradient(
-            objective, kind=kind, n_components=n_components, **options
-        )
+        projected: Representation
+        if parameters == "head":
+            projected = ProjectedHeadGradient(
+                objective, kind=kind, n_components=n_components, **options
+            )
+        else:
+            projected = ProjectedNetworkGradient(
+                objective, parameters, kind=kind, n_components=n_components, **options
+            )
         super().__init__(KNN(k=5) if score is None else score, projected, name="ldg")
 
 

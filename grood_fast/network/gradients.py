@@ -28,9 +28,11 @@ class LayerGradient(ABC):
 
     Attributes:
         shape: the parameter's.
+        device: where it is.
     """
 
     shape: tuple[int, ...]
+    device: torch.device
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -81,7 +83,7 @@ class Formed(LayerGradient):
 
     def __init__(self, gradient: Tensor) -> None:
         self.gradient = gradient  # (B, *shape)
-        self.shape = tuple(gradient.shape[1:])
+        self.shape, self.device = tuple(gradient.shape[1:]), gradient.device
 
     def formed(self) -> Tensor:
         return self.gradient
@@ -150,7 +152,7 @@ class OuterProducts(MatrixGradient):
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
         self.left, self.right = left, right
-        self.shape = (left.shape[2], right.shape[2])
+        self.shape, self.device = (left.shape[2], right.shape[2]), left.device
 
     def products(self) -> Iterator[Products]:
         yield Products(self.left, self.right, 0)
@@ -206,6 +208,7 @@ class Convolution(MatrixGradient):
     def __init__(self, activation: Tensor, delta: Tensor, geometry: Geometry) -> None:
         self.activation, self.delta, self.geometry = activation, delta, geometry
         self.shape = (delta.shape[1], activation.shape[1], *geometry.kernel)
+        self.device = delta.device
 
     def products(self) -> Iterator[Products]:
         for taps in self._taps():
@@ -297,7 +300,7 @@ class Lookup(MatrixGradient):
 
     def __init__(self, indices: Tensor, delta: Tensor, rows: int) -> None:
         self.indices, self.delta = indices, delta
-        self.shape = (rows, delta.shape[2])
+        self.shape, self.device = (rows, delta.shape[2]), delta.device
 
     def products(self) -> Iterator[Products]:
         one_hot = F.one_hot(self.indices, self.shape[0]).to(self.delta.dtype)

@@ -317,7 +317,7 @@ class Recorder(Interception):
                 for source, make in wanted:
                     self.collect(source, make(delta))
 
-        out.register_hook(arrived)
+        out.register_hook(arrived)  # type: ignore[no-untyped-call]
 
     def checked(self, tensor: Tensor) -> Callable[[], Tensor]:
         """An activation to be read in the backward pass; raises if it was changed until then."""
@@ -356,7 +356,7 @@ class Recorder(Interception):
                 return again(*args)
             return _Checkpointed.apply(self._root, again, *args)  # type: ignore[no-untyped-call]
 
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward
         try:
             yield
         finally:

@@ -69,7 +69,9 @@ class NetworkGradients:
         shapes: dict[str, tuple[int, ...]],
         resolved: Callable[[Parameters], tuple[str, ...]],
     ) -> None:
-        self._recorder, self._logits, self._resolved = recorder, logits, resolved
+        self._recorder: Recorder | None = recorder
+        self._logits: Tensor | None = logits
+        self._resolved = resolved
         self.shapes = shapes
 
     def names(self, parameters: Parameters) -> tuple[str, ...]:
@@ -84,8 +86,20 @@ class NetworkGradients:
             reader: called once a parameter that has a part in the logits, as soon as its gradient
                 is complete, with its name and a
                 :class:`~grood_fast.network.gradients.LayerGradient`.
+
+        Raises:
+            InputError: the graph was released, or no selected parameter has a part in the logits.
         """
+        if self._recorder is None or self._logits is None:
+            raise InputError(
+                "the pass has gone on, and the graph of this batch is gone: read its gradients "
+                "before the next batch."
+            )
         self._recorder.backward(self._logits, delta, reader)
+
+    def release(self) -> None:
+        """Forget the graph and the activations."""
+        self._recorder = self._logits = None
 
 
 class NetworkPass:

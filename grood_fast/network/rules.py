@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,7 @@ def _addmm(
     if beta != 1 or alpha != 1 or input.ndim != 1:
         return NotImplemented
     return _matrix_product(
-        call, mat1, mat2, input, lambda x, w, b: torch.addmm(b, x, w), transposed=True
+        call, mat1, mat2, input, lambda x, w, b: torch.addmm(cast(Tensor, b), x, w), transposed=True
     )
 
 
@@ -500,7 +500,7 @@ def _watch_expanded(call: Call, copy: Tensor, source: Source, layout: Layout) ->
 
         recorder.collect_derived(source, cotangents)
 
-    copy.register_hook(arrived)
+    copy.register_hook(arrived)  # type: ignore[no-untyped-call]
 
 
 def _by_torch_func(call: Call, sources: dict[int, Source], wanted: list[Tensor]) -> Any:
@@ -547,8 +547,8 @@ def _by_torch_func(call: Call, sources: dict[int, Source], wanted: list[Tensor])
 
                 return call.function(*_replaced(call.args, value), **_replaced(call.kwargs, value))
 
-            _, pull_back = torch.func.vjp(function, sources[id(target)].value)
-            return pull_back(d.unsqueeze(made.dim))[0]
+            pull_back = torch.func.vjp(function, sources[id(target)].value)[1]
+            return cast(Tensor, pull_back(d.unsqueeze(made.dim))[0])
 
         dims = tuple(None if layout is None else layout.dim for layout in layouts)
         formed = torch.func.vmap(one, (made.dim, *dims))(delta, *(read() for read in reads))

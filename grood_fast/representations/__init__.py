@@ -5,11 +5,24 @@ from __future__ import annotations
 from grood_fast.representations.base import Representation
 from grood_fast.representations.forward import Logits, PenultimateFeatures, WholeForward
 from grood_fast.representations.head_gradient import HeadGradient, HeadGradientFactors
+from grood_fast.representations.network_gradient import (
+    NetworkGradientNorms,
+    ParameterNorms,
+    ProjectedNetworkGradient,
+)
 from grood_fast.representations.projected_gradient import ProjectedHeadGradient
 
 REPRESENTATIONS: dict[str, type[Representation]] = {
     kind.name: kind
-    for kind in (Logits, PenultimateFeatures, WholeForward, HeadGradient, ProjectedHeadGradient)
+    for kind in (
+        Logits,
+        PenultimateFeatures,
+        WholeForward,
+        HeadGradient,
+        ProjectedHeadGradient,
+        NetworkGradientNorms,
+        ProjectedNetworkGradient,
+    )
 }
 
 __all__ = [
@@ -17,8 +30,11 @@ __all__ = [
     "HeadGradient",
     "HeadGradientFactors",
     "Logits",
+    "NetworkGradientNorms",
+    "ParameterNorms",
     "PenultimateFeatures",
     "ProjectedHeadGradient",
+    "ProjectedNetworkGradient",
     "Representation",
     "WholeForward",
 ]

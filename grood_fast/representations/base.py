@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
 from grood_fast.component import Component
-from grood_fast.signals import Signals
+from grood_fast.signals import Need, Signals
 
 
 class Representation(Component):
     """What a sample becomes, read off the signals of the one pass.
 
     Attributes:
-        needs: the signals it reads beside the logits, a subset of ``{"features"}``.
+        needs: the signals it reads beside the logits; see :func:`grood_fast.signals.stream`.
+        warm_up_samples: how many reference samples it wants to see before the pass, which then
+            yields them again.
         facts: what fitting chose and found, JSON-serialisable, for the detector's card.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[Need] = frozenset()
+    warm_up_samples: int = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,6 +32,12 @@ class Representation(Component):
     @abstractmethod
     def __call__(self, signals: Signals) -> Any:
         """The representation of one batch; first dimension B where it is a tensor."""
+
+    def warm_up(self, signals: Signals) -> None:
+        """Take in a batch before the pass over the reference."""
+
+    def finish_warm_up(self) -> None:
+        """Use what the warm-up has shown."""
 
     def replay(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
         """Of one that learns, once after ``finish``: what reference samples became, their labels

@@ -12,7 +12,7 @@ from grood_fast.classifier import Classifier
 from grood_fast.errors import InputError
 from grood_fast.objectives import Objective
 from grood_fast.representations.base import Representation
-from grood_fast.signals import Signals
+from grood_fast.signals import Need, Signals
 from grood_fast.statistics import require_same_config
 from grood_fast.subspaces import FORMS, KINDS, GradientState, build, project
 
@@ -46,7 +46,7 @@ class ProjectedHeadGradient(Representation):
     """
 
     name = "projected_head_gradient"
-    needs = frozenset({"features"})
+    needs: frozenset[Need] = frozenset({"features"})
     needs_fit = True
 
     def __init__(
