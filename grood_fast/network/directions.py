@@ -17,6 +17,7 @@ from torch import Tensor
 from grood_fast.errors import InputError
 from grood_fast.network.gradients import LayerGradient
 
+FILTERS = 16
 OVERSAMPLING = 8
 TOLERANCE = 1e-12
 
@@ -27,10 +28,10 @@ Directions = dict[str, tuple[Tensor, Tensor]]
 def ranks(rows: int, columns: int, numbers: int) -> tuple[int, int]:
     """(m, n) with m·n about ``numbers``, of a gradient of M rows and N columns.
 
-    The columns' directions are a convolution of the input with n filters, which costs n·N a
-    position, the rows' m·M: hence the fewer the longer they are.
+    The columns' directions are filters that the input is convolved with: up to a vector's width of
+    them cost as much as one.
     """
-    n = max(1, min(columns, round((numbers * rows / columns) ** 0.5)))
+    n = max(1, min(columns, FILTERS, numbers))
     m = max(1, min(rows, numbers // n))
     return m, max(1, min(columns, numbers // m))
 

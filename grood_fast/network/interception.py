@@ -46,7 +46,7 @@ class Layout(NamedTuple):
         if self.factor == 1:
             return tensor.movedim(self.dim, 0)
         sizes = (self.factor, batch) if self.minor else (batch, self.factor)
-        parts = tensor.unflatten(self.dim, sizes)
+        parts: Tensor = tensor.unflatten(self.dim, sizes)  # type: ignore[no-untyped-call]
         samples, positions = self.dim + self.minor, self.dim + (not self.minor)
         return parts.movedim((samples, positions), (0, 1))
 
@@ -301,6 +301,26 @@ class Recorder(Interception):
         out: Tensor = _Rooted.apply(self._root, compute)  # type: ignore[no-untyped-call]
         return out
 
+    def taken_over(
+        self,
+        compute: Callable[[], Tensor],
+        backward: Callable[[Tensor], Tensor],
+        input: Tensor,
+        *sources: Source | None,
+    ) -> Tensor:
+        """A result whose backward pass is computed here: it has to :meth:`collect` the gradients
+        of the sources from that of the result, and gives the gradient of the input."""
+        for source in sources:
+            self._count(source)
+        out: Tensor = _TakenOver.apply(  # type: ignore[no-untyped-call]
+            self._root, input, compute, backward
+        )
+        return out
+
+    def _count(self, source: Source | None) -> None:
+        for name in () if source is None else source.names:
+            self.uses[name] = self.uses.get(name, 0) + 1
+
     def watch(
         self, out: Tensor, *gradients: tuple[Source | None, Callable[[Tensor], LayerGradient]]
     ) -> None:
@@ -309,13 +329,11 @@ class Recorder(Interception):
         if not wanted or not out.requires_grad:
             return
         for source, _ in wanted:
-            for name in source.names:
-                self.uses[name] = self.uses.get(name, 0) + 1
+            self._count(source)
 
         def arrived(delta: Tensor) -> None:
-            if self._collected is not None:
-                for source, make in wanted:
-                    self.collect(source, make(delta))
+            for source, make in wanted:
+                self.collect(source, make(delta))
 
         out.register_hook(arrived)  # type: ignore[no-untyped-call]
 
@@ -386,8 +404,10 @@ class Recorder(Interception):
         finally:
             self._collected = None
 
-    def collect(self, source: Source, gradient: LayerGradient) -> None:
-        """Take in the gradient of one use of a source."""
+    def collect(self, source: Source | None, gradient: LayerGradient) -> None:
+        """Take in the gradient of one use of a source, if it is wanted."""
+        if source is None or not source.names or self._collected is None:
+            return
         if source.tensor is None:
             (name,) = source.names
             self._deliver(name, gradient)
@@ -462,6 +482,26 @@ class _Rooted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *deltas: Any) -> Any:
         return None, None
+
+
+class _TakenOver(torch.autograd.Function):
+    """A call whose backward pass its rule computes, together with the parameters' gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        root: Tensor,
+        input: Tensor,
+        compute: Callable[[], Tensor],
+        backward: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        ctx.take_over = backward
+        return compute()
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Any) -> Any:
+        onward = ctx.take_over(deltas[0])
+        return None, onward if ctx.needs_input_grad[1] else None, None, None
 
 
 class _Checkpointed(torch.autograd.Function):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grood_fast import ops
 from grood_fast.errors import InputError, NetworkWarning
 from grood_fast.network.gradients import (
     Convolution,
@@ -229,16 +230,44 @@ def _batch_norm(
             "the model normalises over the batch even in evaluation mode (batch normalisation "
             "without running statistics): a sample has no gradient of its own there."
         )
-    mean, deviation = running_mean, (running_var + eps).sqrt()
+    inverse = (running_var + eps).rsqrt()
+    w, b, recorder, given = (
+        call.source(weight),
+        call.source(bias),
+        call.recorder,
+        call.layout(input),
+    )
 
     def normalise(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         return F.batch_norm(x, running_mean, running_var, w, b, False, momentum, eps)
 
-    def with_input(x: Tensor, delta: Tensor) -> Tensor:
-        products, plain = channel_sums(delta, x)
-        return (products - mean * plain) / deviation
+    def normalised(products: Tensor, sums: Tensor) -> Tensor:  # Σ δ x̂ from Σ δ x and Σ δ
+        return (products - running_mean * sums) * inverse
 
-    return _channel_affine(call, input, weight, bias, normalise, with_input)
+    alone = given is not None and given.dim == 0 and given.factor == 1
+    plain = w is not None and b is not None and input.dtype == w.value.dtype == inverse.dtype
+    wanted = w is not None and b is not None and (w.names or b.names)
+    if not (alone and plain and wanted and torch.is_grad_enabled()) or inverse.itemsize < 4:
+        return _channel_affine(
+            call,
+            input,
+            weight,
+            bias,
+            normalise,
+            lambda x, delta: normalised(*channel_sums(delta, x)),
+        )
+    assert w is not None
+    assert b is not None
+    read = recorder.checked(input)
+
+    def backward(delta: Tensor) -> Tensor:
+        # One read of δ for what torch and the sums would read it three times for.
+        onward, products, sums = ops.channel_affine_backward(delta, read(), w.value * inverse)
+        recorder.collect(w, Formed(normalised(products, sums)))
+        recorder.collect(b, Formed(sums))
+        return onward
+
+    return recorder.taken_over(lambda: normalise(input, w.value, b.value), backward, input, w, b)
 
 
 def _group_norm(
@@ -380,13 +409,13 @@ def _affine(
 
 def channel_sums(delta: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Σ δ·factor and Σ δ over the positions, each (B, C), of (B, C, *spatial)."""
-    wide = widened(delta)
-    dims = tuple(range(2, delta.ndim))
-    plain = wide.sum(dim=dims) if dims else wide
     if factor is None:
+        plain = widened(delta).flatten(2).sum(dim=2) if delta.ndim > 2 else widened(delta)
         return plain, plain
-    product = wide * factor
-    return product.sum(dim=dims) if dims else product, plain
+    if factor.dtype != delta.dtype:
+        delta, factor = widened(delta), widened(factor)
+    _, products, sums = ops.channel_affine_backward(delta, factor)
+    return products, sums
 
 
 # --- embeddings -----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ __all__ = [
     "OBJECTIVES",
     "OUTPUTS",
     "LogitGradient",
+    "channel_affine_backward",
     "dual_project",
     "head_gradient_norm",
     "layer_gradient_sqnorm",
@@ -182,6 +183,27 @@ def dual_project(
     return result
 
 
+def channel_affine_backward(
+    delta: Tensor, input: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of y = scale·x + shift, a scale and a shift a channel, for every sample.
+
+    Args:
+        delta: (B, C, ...) the gradient of y, in any memory layout.
+        input: the same shape and dtype.
+        scale: (C,) of delta's dtype, float32 or float64; None leaves the first result empty.
+
+    Returns:
+        scale·δ like delta; and (B, C) Σ δ·input and Σ δ over the positions, float64 for float64
+        operands, float32 otherwise: half precision is widened.
+
+    Raises:
+        RuntimeError: wrong shapes or dtypes.
+    """
+    results: tuple[Tensor, Tensor, Tensor] = _ops.channel_affine_backward(delta, input, scale)
+    return results
+
+
 def layer_gradient_sqnorm(activation: Tensor, delta: Tensor, offsets: Sequence[int]) -> Tensor:
     """‖G‖² per sample of a gradient G that is a sum of outer products over positions.
 
@@ -269,6 +291,20 @@ def _(
     bias: float,
 ) -> Tensor:
     return coefficients.new_empty((delta.shape[0], coefficients.shape[1]))
+
+
+@torch.library.register_fake("grood_fast::channel_affine_backward")  # type: ignore[untyped-decorator]
+def _(delta: Tensor, input: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    sums = delta.new_empty(delta.shape[:2], dtype=_real(delta))
+    inner = delta.ndim > 2 and all(_channels_inner(maps) for maps in (delta, input))
+    onward = torch.empty_like(delta if inner else delta.contiguous())
+    return delta.new_empty(0) if scale is None else onward, sums, torch.empty_like(sums)
+
+
+def _channels_inner(maps: Tensor) -> bool:
+    """Whether the memory holds (B, positions, C) without gaps."""
+    rows = maps.movedim(1, -1)
+    return rows.is_contiguous()
 
 
 @torch.library.register_fake("grood_fast::layer_gradient_sqnorm")  # type: ignore[untyped-decorator]
@@ -378,7 +414,19 @@ def _layer_gradient_sqnorm_elsewhere(
     return reference.layer_gradient_sqnorm(activation.to(real), delta.to(real), offsets)
 
 
+def _channel_affine_backward_elsewhere(
+    delta: Tensor, input: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if delta.ndim < 2 or delta.shape != input.shape or delta.dtype != input.dtype:
+        raise RuntimeError("delta and input must have the same shape (B, C, ...) and dtype")
+    if scale is not None and (scale.shape != delta.shape[1:2] or scale.dtype != delta.dtype):
+        raise RuntimeError("scale must be of shape (C,) and of delta's dtype")
+    real = _real(delta)
+    return reference.channel_affine_backward(delta.to(real), input.to(real), scale)
+
+
 for _name, _twin in (
+    ("channel_affine_backward", _channel_affine_backward_elsewhere),
     ("layer_gradient_sqnorm", _layer_gradient_sqnorm_elsewhere),
     ("dual_project", _dual_project_elsewhere),
     ("logit_gradient", _logit_gradient_elsewhere),
@@ -525,4 +573,32 @@ torch.library.register_autograd(
     "grood_fast::layer_gradient_sqnorm",
     _layer_gradient_sqnorm_backward,
     setup_context=_save_layer_gradient_sqnorm,
+)
+
+
+def _save_channel_affine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _channel_affine_vjp(
+    ctx: Any, grad_onward: Tensor, grad_products: Tensor, grad_sums: Tensor
+) -> tuple[Tensor | None, ...]:
+    saved_delta, saved_input, scale = ctx.saved_tensors
+    real = _real(saved_delta)
+    delta, values = saved_delta.to(real), saved_input.to(real)
+    per_position = (*delta.shape[:2], *[1] * (delta.ndim - 2))
+    products, sums = grad_products.reshape(per_position), grad_sums.reshape(per_position)
+    through_delta, through_scale = values * products + sums, None
+    if scale is not None:
+        through_delta = through_delta + grad_onward * scale.reshape(1, *per_position[1:])
+        through_scale = (grad_onward * delta).transpose(0, 1).flatten(1).sum(dim=1)
+    return (
+        through_delta.to(saved_delta.dtype),
+        (delta * products).to(saved_input.dtype),
+        through_scale,
+    )
+
+
+torch.library.register_autograd(
+    "grood_fast::channel_affine_backward", _channel_affine_vjp, setup_context=_save_channel_affine
 )

@@ -65,6 +65,17 @@ def layer_gradient_sqnorm(activation: Tensor, delta: Tensor, offsets: Sequence[i
     return torch.stack(parts).sum(dim=0)
 
 
+def channel_affine_backward(
+    delta: Tensor, input: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """scale·δ, Σ δ·input and Σ δ over the positions, of (B, C, ...) twice and (C,)."""
+    flat = delta.flatten(2) if delta.ndim > 2 else delta.unsqueeze(2)
+    products, sums = (flat * input.reshape(flat.shape)).sum(dim=2), flat.sum(dim=2)
+    if scale is None:
+        return delta.new_empty(0), products, sums
+    return delta * scale.reshape(-1, *[1] * (delta.ndim - 2)), products, sums
+
+
 def row_norm(rows: Tensor, norm: str) -> Tensor:
     """The L1, L2 or L∞ norm of each row of (B, N): (B,)."""
     if rows.shape[1] == 0:

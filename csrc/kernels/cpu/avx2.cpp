@@ -18,6 +18,7 @@
 
 #define GROOD_FAST_LEVEL avx2
 #define GROOD_FAST_VECTOR_BYTES 32
+#include "channel_affine-inl.h"
 #include "hadamard-inl.h"
 #include "logit_gradient-inl.h"
 #include "row_norm-inl.h"

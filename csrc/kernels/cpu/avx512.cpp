@@ -19,6 +19,7 @@
 
 #define GROOD_FAST_LEVEL avx512
 #define GROOD_FAST_VECTOR_BYTES 64
+#include "channel_affine-inl.h"
 #include "hadamard-inl.h"
 #include "logit_gradient-inl.h"
 #include "row_norm-inl.h"

@@ -7,6 +7,7 @@
 
 #define GROOD_FAST_LEVEL baseline
 #define GROOD_FAST_VECTOR_BYTES 16
+#include "channel_affine-inl.h"
 #include "hadamard-inl.h"
 #include "logit_gradient-inl.h"
 #include "row_norm-inl.h"

@@ -95,6 +95,10 @@ void shifted_products(
   kernels().shifted_products(arguments, begin, end);
 }
 
+void channel_affine(const ChannelAffineArguments& arguments, std::int64_t begin, std::int64_t end) {
+  kernels().channel_affine(arguments, begin, end);
+}
+
 std::int64_t rows_per_task(std::int64_t classes, std::int64_t columns) {
   // An exponential costs about as much as eight absolute values.
   const std::int64_t rows = 160000 / (8 * classes + columns + 1);

@@ -9,6 +9,7 @@ struct KernelTable {
   void (*logit_gradient)(const LogitGradientArguments&, std::int64_t, std::int64_t);
   void (*multiply_row_norm)(const RowNormArguments&, std::int64_t, std::int64_t);
   void (*hadamard)(const HadamardArguments&, std::int64_t, std::int64_t);
+  void (*channel_affine)(const ChannelAffineArguments&, std::int64_t, std::int64_t);
   void (*shifted_products)(const ShiftedProductsArguments&, std::int64_t, std::int64_t);
 };
 
