@@ -23,21 +23,57 @@ from torch import Tensor
 from grood_fast import ops
 
 
+class Directions(NamedTuple):
+    """Fixed directions that a gradient (M, N) is seen along, orthonormal rows all.
+
+    Attributes:
+        left: (m, M).
+        right: (n, N); of a convolution with ``channels`` (n, c·entries of the kernel).
+        channels: (c, N') directions among a convolution's input channels, which ``right`` then
+            lies in: a projection to few channels comes before the filters. None without.
+    """
+
+    left: Tensor
+    right: Tensor
+    channels: Tensor | None = None
+
+    @property
+    def numbers(self) -> int:
+        """m·n, what a sample's gradient becomes."""
+        return len(self.left) * len(self.right)
+
+    def whole(self) -> Tensor:
+        """The right directions without their factorisation, (n, N)."""
+        if self.channels is None:
+            return self.right
+        by_channel = self.right.reshape(len(self.right), len(self.channels), -1)
+        return torch.einsum("nce,cd->nde", by_channel, self.channels).flatten(1)
+
+    def to(self, device: torch.device) -> Directions:
+        """The same on a device."""
+        channels = None if self.channels is None else self.channels.to(device)
+        return Directions(self.left.to(device), self.right.to(device), channels)
+
+
 class LayerGradient(ABC):
     """The gradient of one parameter for each of B samples.
 
     Attributes:
         shape: the parameter's.
-        device: where it is.
+        delta: what it is made of: its dtype and device are the gradient's.
     """
 
     shape: tuple[int, ...]
-    device: torch.device
+    delta: Tensor
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """(M, N): of the matrix that directions are chosen for; a small gradient is one row."""
         return 1, math.prod(self.shape)
+
+    def fitting(self, tensor: Tensor) -> Tensor:
+        """A tensor on the gradient's device, in the dtype that is computed in."""
+        return tensor.to(self.delta.device, widened(self.delta[:0]).dtype)
 
     @abstractmethod
     def formed(self) -> Tensor:
@@ -55,16 +91,19 @@ class LayerGradient(ABC):
         """Inner products with K directions (K, *shape): (B, K)."""
         return self._rows() @ basis.reshape(len(basis), -1).T
 
-    def sandwiched(self, left: Tensor, right: Tensor) -> Tensor:
-        """U G Vᵀ of left directions U (m, M) and right ones V (n, N): (B, m, n)."""
-        return left @ self._matrices() @ right.T
+    def sandwiched(self, directions: Directions) -> Tensor:
+        """U G Vᵀ of the left directions U (m, M) and the right ones V (n, N): (B, m, n)."""
+        left, right = self.fitting(directions.left), self.fitting(directions.whole()).T
+        if self.matrix_shape[0] == 1:
+            return (self._rows() @ right).unsqueeze(1) * left
+        return left @ self._matrices() @ right
 
     def sketched(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Σ G Gᵀ Uᵀ (M, q) and Σ Gᵀ G Vᵀ (N, q) over the samples, of U (q, M) and V (q, N).
 
         Both mode covariances, applied to test vectors: enough to find their leading eigenvectors.
         """
-        matrices = self._matrices()
+        matrices, left, right = self._matrices(), self.fitting(left), self.fitting(right)
         of_left = matrices @ (matrices.mT @ left.T)
         of_right = matrices.mT @ (matrices @ right.T)
         return of_left.sum(dim=0), of_right.sum(dim=0)
@@ -83,7 +122,8 @@ class Formed(LayerGradient):
 
     def __init__(self, gradient: Tensor) -> None:
         self.gradient = gradient  # (B, *shape)
-        self.shape, self.device = tuple(gradient.shape[1:]), gradient.device
+        self.shape = tuple(gradient.shape[1:])
+        self.delta = gradient
 
     def formed(self) -> Tensor:
         return self.gradient
@@ -126,6 +166,7 @@ class MatrixGradient(LayerGradient):
         return torch.stack(parts).sum(dim=0)
 
     def sketched(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = self.fitting(left), self.fitting(right)
         by_entry = right.reshape(len(right), self.shape[1], -1)
         through_right = torch.zeros((), device=left.device)
         of_entry: dict[int, Tensor] = {}
@@ -152,7 +193,8 @@ class OuterProducts(MatrixGradient):
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
         self.left, self.right = left, right
-        self.shape, self.device = (left.shape[2], right.shape[2]), left.device
+        self.shape = (left.shape[2], right.shape[2])
+        self.delta = left
 
     def products(self) -> Iterator[Products]:
         yield Products(self.left, self.right, 0)
@@ -163,9 +205,9 @@ class OuterProducts(MatrixGradient):
     def squared_norm(self) -> Tensor:
         return ops.layer_gradient_sqnorm(self.right, self.left, [0])
 
-    def sandwiched(self, left: Tensor, right: Tensor) -> Tensor:
-        through_left = widened(self.left @ left.to(self.left.dtype).T)
-        through_right = widened(self.right @ right.to(self.right.dtype).T)
+    def sandwiched(self, directions: Directions) -> Tensor:
+        through_left = widened(self.left @ directions.left.to(self.left.dtype).T)
+        through_right = widened(self.right @ directions.right.to(self.right.dtype).T)
         return through_left.mT @ through_right
 
 
@@ -208,7 +250,6 @@ class Convolution(MatrixGradient):
     def __init__(self, activation: Tensor, delta: Tensor, geometry: Geometry) -> None:
         self.activation, self.delta, self.geometry = activation, delta, geometry
         self.shape = (delta.shape[1], activation.shape[1], *geometry.kernel)
-        self.device = delta.device
 
     def products(self) -> Iterator[Products]:
         for taps in self._taps():
@@ -231,20 +272,24 @@ class Convolution(MatrixGradient):
         ]
         return torch.stack(parts).sum(dim=0)
 
-    def sandwiched(self, left: Tensor, right: Tensor) -> Tensor:
-        geometry, dtype = self.geometry, self.activation.dtype
-        filters = right.to(dtype).reshape(len(right), *self.shape[1:])
+    def sandwiched(self, directions: Directions) -> Tensor:
+        geometry, activation, dtype = self.geometry, self.activation, self.activation.dtype
+        if directions.channels is not None:
+            channels = directions.channels.to(dtype)
+            activation = (activation.movedim(1, -1) @ channels.T).movedim(-1, 1)
+        filters = directions.right.to(dtype).reshape(
+            len(directions.right), activation.shape[1], *geometry.kernel
+        )
         if filters.ndim == 4:
             filters = filters.contiguous(memory_format=torch.channels_last)
-        padded, padding = self.activation, [before for before, _ in geometry.padding]
+        padding = [before for before, _ in geometry.padding]
         if any(before != after for before, after in geometry.padding):
-            padded, padding = _padded(self.activation, geometry.padding), [0] * len(padding)
-        dimensions = len(geometry.kernel)
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
+            activation, padding = _padded(activation, geometry.padding), [0] * len(padding)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.kernel) - 1]
         through_right = convolve(
-            padded, filters, None, list(geometry.stride), padding, list(geometry.dilation)
+            activation, filters, None, list(geometry.stride), padding, list(geometry.dilation)
         )
-        through_left = channels_last_rows(self.delta) @ left.to(self.delta.dtype).T
+        through_left = channels_last_rows(self.delta) @ directions.left.to(self.delta.dtype).T
         return widened(through_left).mT @ widened(channels_last_rows(through_right))
 
     def _taps(self) -> Iterator[Taps]:
@@ -300,7 +345,7 @@ class Lookup(MatrixGradient):
 
     def __init__(self, indices: Tensor, delta: Tensor, rows: int) -> None:
         self.indices, self.delta = indices, delta
-        self.shape, self.device = (rows, delta.shape[2]), delta.device
+        self.shape = (rows, delta.shape[2])
 
     def products(self) -> Iterator[Products]:
         one_hot = F.one_hot(self.indices, self.shape[0]).to(self.delta.dtype)
@@ -315,16 +360,16 @@ class Lookup(MatrixGradient):
         same = (self.indices.unsqueeze(2) == self.indices.unsqueeze(1)).to(delta.dtype)
         return ((delta @ delta.mT) * same).sum(dim=(1, 2))
 
-    def sandwiched(self, left: Tensor, right: Tensor) -> Tensor:
-        through_right = widened(self.delta @ right.to(self.delta.dtype).T)
-        return left.to(through_right.dtype).T[self.indices].mT @ through_right
+    def sandwiched(self, directions: Directions) -> Tensor:
+        through_right = widened(self.delta @ directions.right.to(self.delta.dtype).T)
+        return directions.left.to(through_right.dtype).T[self.indices].mT @ through_right
 
     def projected(self, basis: Tensor) -> Tensor:
         through = (basis[:, self.indices] * widened(self.delta)).sum(dim=(2, 3))
         return through.T
 
     def sketched(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        delta = widened(self.delta)
+        delta, left, right = widened(self.delta), self.fitting(left), self.fitting(right)
         same = (self.indices.unsqueeze(2) == self.indices.unsqueeze(1)).to(delta.dtype)
         of_right = (delta.mT @ (same @ (delta @ right.T))).sum(dim=0)
         rows = delta @ (delta.mT @ left.T[self.indices])  # (B, T, q)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -130,9 +130,7 @@ class Interception(TorchFunctionMode):
 
     def _remember(self, out: Any, origins: frozenset[str]) -> None:
         for tensor in _tensors(out):
-            self._known.setdefault(
-                id(tensor), (tensor, origins if tensor.requires_grad else frozenset())
-            )
+            self._known.setdefault(id(tensor), (tensor, origins))
 
     def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Its projections are calls inside it; inside, the samples are the second dimension.
@@ -151,10 +149,6 @@ class Probe(Interception):
         super().__init__(network)
         self.calls: list[Shapes] = []
         self.order: dict[str, None] = {}  # parameters as they are used, each once
-
-    def _remember(self, out: Any, origins: frozenset[str]) -> None:
-        for tensor in _tensors(out):
-            self._known.setdefault(id(tensor), (tensor, origins))
 
     def mix(self, func: Callable[..., Any], args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         shapes = tuple(tensor.shape for tensor in tensors)
@@ -288,15 +282,20 @@ class Recorder(Interception):
         origins = self.origins(tensor)
         if origins is None:
             return None
-        value = tensor.detach()
-        if value.is_inference():  # autograd could not keep it
-            value = value.clone()
-        own = self.names.get(id(tensor))
-        return Source(value, None if own else tensor, origins & self.selected)
+        value = _usable(tensor.detach())
+        if id(tensor) in self.names:
+            return Source(value, None, origins & self.selected)
+        # Where the model computed it under no_grad, or detached it, no gradient goes through it.
+        names = origins & self.selected if tensor.requires_grad else frozenset[str]()
+        return Source(value, tensor, names)
 
-    def rooted(self, compute: Callable[[], Tensor], *inputs: Tensor) -> Tensor:
-        """A result that autograd tracks, also where none of the inputs is tracked yet."""
-        if not torch.is_grad_enabled() or any(tensor.requires_grad for tensor in inputs):
+    def rooted(
+        self, compute: Callable[[], Tensor], inputs: Iterable[Tensor], *sources: Source | None
+    ) -> Tensor:
+        """A result that autograd tracks if a source's gradient is wanted, also where none of the
+        inputs is tracked yet."""
+        wanted = torch.is_grad_enabled() and any(s is not None and s.names for s in sources)
+        if not wanted or any(tensor.requires_grad for tensor in inputs):
             return compute()
         out: Tensor = _Rooted.apply(self._root, compute)  # type: ignore[no-untyped-call]
         return out
@@ -364,8 +363,8 @@ class Recorder(Interception):
 
             def again(*tensors: Any) -> Any:
                 after, self._position = self._position, position
-                try:
-                    with self:
+                try:  # in the backward pass nothing is intercepted yet
+                    with self if torch.is_grad_enabled() else nullcontext():
                         return original(*tensors, **kwargs)
                 finally:
                     self._position = max(after, self._position)
@@ -468,7 +467,8 @@ class Recorder(Interception):
         if name is None:
             return tensor
         if name not in self._leaves:
-            self._leaves[name] = tensor.detach().requires_grad_(name in self.selected)
+            leaf = _usable(tensor.detach())
+            self._leaves[name] = leaf.requires_grad_(name in self.selected)
         return self._leaves[name]
 
 
@@ -541,6 +541,11 @@ class _Checkpointed(torch.autograd.Function):
 
 def _name(func: Callable[..., Any]) -> str:
     return getattr(func, "__name__", repr(func))
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where autograd could not keep it."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -109,7 +109,7 @@ def _matrix_product(
     if given is None or made is None or given.dim == input.ndim - 1:
         return NotImplemented
     recorder, bias_value = call.recorder, None if b is None else b.value
-    out = recorder.rooted(lambda: function(input, w.value, bias_value), input)
+    out = recorder.rooted(lambda: function(input, w.value, bias_value), [input], w, b)
     read = recorder.checked(input)
     batch = recorder.batch
 
@@ -148,7 +148,10 @@ def _convolution(
     geometry = _geometry(tuple(w.value.shape[2:]), stride, padding, dilation)
     bias_value = None if b is None else b.value
     out = recorder.rooted(
-        lambda: call.function(input, w.value, bias_value, stride, padding, dilation, groups), input
+        lambda: call.function(input, w.value, bias_value, stride, padding, dilation, groups),
+        [input],
+        w,
+        b,
     )
     read = recorder.checked(input)
 
@@ -397,7 +400,7 @@ def _affine(
         return NotImplemented
     recorder = call.recorder
     values = None if w is None else w.value, None if b is None else b.value
-    out = recorder.rooted(lambda: normalise(input, *values), input)
+    out = recorder.rooted(lambda: normalise(input, *values), [input], w, b)
     read = recorder.checked(input)
     recorder.watch(
         out,
@@ -436,7 +439,7 @@ def _embedding(
         return NotImplemented
     recorder = call.recorder
     batch, rows = recorder.batch, len(w.value)
-    out = recorder.rooted(lambda: F.embedding(input, w.value, padding_idx))
+    out = recorder.rooted(lambda: F.embedding(input, w.value, padding_idx), [], w)
 
     def gradient(delta: Tensor) -> LayerGradient:
         indices = given.split(input, batch).reshape(batch, -1)
@@ -487,7 +490,7 @@ def _copied(call: Call, tensor: Tensor, source: Source) -> Tensor | None:
     recorder, batch = call.recorder, call.recorder.batch
     layout = call.layout(tensor)
     if layout is not None:  # it was expanded to the batch before
-        copy = recorder.rooted(lambda: source.value)
+        copy = recorder.rooted(lambda: source.value, [], source)
         if source.tensor is None or not copy.requires_grad:
             return None  # a parameter itself does not grow with the batch
         _watch_expanded(call, copy, source, layout)
@@ -501,7 +504,7 @@ def _copied(call: Call, tensor: Tensor, source: Source) -> Tensor | None:
         return None
     shape[made.dim] = batch * made.factor
     aligned = source.value.reshape([1] * (rank - tensor.ndim) + list(tensor.shape))
-    copy = recorder.rooted(lambda: aligned.expand(shape))
+    copy = recorder.rooted(lambda: aligned.expand(shape), [], source)
 
     def gradient(delta: Tensor) -> LayerGradient:
         by_sample = made.split(delta, batch)
@@ -555,7 +558,8 @@ def _by_torch_func(call: Call, sources: dict[int, Source], wanted: list[Tensor])
 
     out: Tensor = recorder.rooted(
         lambda: call.function(*_replaced(call.args, values), **_replaced(call.kwargs, values)),
-        *activations,
+        activations,
+        *(sources[id(t)] for t in wanted),
     )
     reads = [recorder.checked(t) for t in activations]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,8 +12,14 @@ from torch import Tensor
 from grood_fast.classifier import Classifier
 from grood_fast.errors import InputError
 from grood_fast.network import MEMORY_BUDGET, NetworkNeed
-from grood_fast.network.directions import Coordinates, Directions, DirectionSketch, require_equal
-from grood_fast.network.gradients import LayerGradient
+from grood_fast.network.directions import (
+    Coordinates,
+    DirectionSketch,
+    from_tensors,
+    require_equal,
+    to_tensors,
+)
+from grood_fast.network.gradients import Directions, LayerGradient
 from grood_fast.network.selection import checked
 from grood_fast.objectives import Objective
 from grood_fast.representations.base import Representation
@@ -182,7 +188,7 @@ class ProjectedNetworkGradient(_NetworkGradient):
     name = "projected_network_gradient"
     needs_fit = True
 
-    _directions: Directions
+    _directions: dict[str, Directions]
     _sketches: dict[str, DirectionSketch]
     _moments: Moments
     _reservoir: Reservoir
@@ -253,10 +259,8 @@ class ProjectedNetworkGradient(_NetworkGradient):
             if name not in wanted:
                 return
             if name not in self._sketches:
-                several = gradient.matrix_shape[0] > 1
-                numbers = self.numbers if several else self.small_numbers
                 self._sketches[name] = DirectionSketch(
-                    name, gradient.matrix_shape, numbers, self.seed
+                    name, gradient, self.numbers, self.small_numbers, self.seed
                 )
             if not random:
                 self._sketches[name].absorb(gradient)
@@ -270,22 +274,15 @@ class ProjectedNetworkGradient(_NetworkGradient):
                 {name: self._sketches[name].finish() for name in sorted(self._sketches)}
             )
 
-    def use_directions(self, directions: Directions) -> None:
+    def use_directions(self, directions: Mapping[str, Directions]) -> None:
         """Project on these instead of the warm-up's: what shards share before they are merged."""
         self._directions = dict(directions)
         self._sketches = {}
 
     @property
-    def shared_directions(self) -> Directions:
-        """Parameter → (U, V), after the warm-up or the fit."""
-        if self._directions:
-            return self._directions
-        found: Directions = {}
-        for key, left in self.fitted.items():
-            part, _, name = key.partition(".")
-            if part == "left":
-                found[name] = left, self.fitted[f"right.{name}"]
-        return dict(sorted(found.items()))
+    def shared_directions(self) -> dict[str, Directions]:
+        """Every parameter's, after the warm-up or the fit."""
+        return self._directions or from_tensors(self.fitted)
 
     @keeps_state
     def absorb(self, z: Signals, labels: Tensor | None, indices: Tensor) -> None:
@@ -356,8 +353,7 @@ class ProjectedNetworkGradient(_NetworkGradient):
         self.fitted = {"offset": (basis @ centre).float()}
         if self.n_components is not None or self.kind == "class_averages" or self.whiten:
             self.fitted["basis"] = basis.float().contiguous()
-        for name, (left, right) in self._directions.items():
-            self.fitted[f"left.{name}"], self.fitted[f"right.{name}"] = left, right
+        self.fitted.update(to_tensors(self._directions))
         seen, whole = self._shared
         self.facts = {
             "kind": self.kind,
