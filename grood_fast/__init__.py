@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from grood_fast.representations import HeadGradientLogNorms as HeadGradientLogNorms
     from grood_fast.representations import Joint as Joint
     from grood_fast.representations import Logits as Logits
+    from grood_fast.representations import NetworkGradientNorms as NetworkGradientNorms
     from grood_fast.representations import PenultimateFeatures as PenultimateFeatures
     from grood_fast.representations import ProjectedHeadGradient as ProjectedHeadGradient
+    from grood_fast.representations import ProjectedNetworkGradient as ProjectedNetworkGradient
     from grood_fast.representations import PrototypeGradient as PrototypeGradient
     from grood_fast.representations import ShortCircuitedLogits as ShortCircuitedLogits
     from grood_fast.representations import StageActivations as StageActivations
@@ -102,6 +104,11 @@ _PUBLIC = {
         "PrototypeGradient",
         "ShortCircuitedLogits",
         "StageActivations",
+        "Logits",
+        "NetworkGradientNorms",
+        "PenultimateFeatures",
+        "ProjectedHeadGradient",
+        "ProjectedNetworkGradient",
     ),
     "results": ("ScoreTable", "Scores"),
     "scores": (

@@ -74,6 +74,12 @@ class Batch:
         hashes = [hash_rows(value) for value in inputs if _has_rows(value, self.size)]
         return hash_rows(torch.stack(hashes, dim=1))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all inputs."""
+        inputs = (*self.args, *self.kwargs.values())
+        return sum(value.nbytes for value in inputs if isinstance(value, Tensor))
+
     def first(self, count: int) -> Batch:
         """The first ``count`` samples; the whole batch if some argument has not B rows."""
         inputs = (*self.args, *self.kwargs.values())
@@ -108,6 +114,39 @@ class Batch:
         columns = {name: value[rows.to(value.device)] for name, value in self.columns().items()}
         labels = None if self.labels is None else self.labels[rows.to(self.labels.device)]
         return self.with_columns(columns, labels)
+
+    def resized(self, size: int) -> Batch:
+        """A batch of ``size`` samples, the first ones, over again where there are too few.
+
+        Raises:
+            InputError: it has no sample, or some argument has not B rows.
+        """
+        inputs = (*self.args, *self.kwargs.values())
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        if self.size == 0 or not all(_has_rows(value, self.size) for value in tensors):
+            raise InputError(
+                "the batch cannot be taken apart into samples: every tensor given to the model "
+                "must have one row a sample, and there must be one."
+            )
+        rows = torch.arange(size) % self.size
+        return replace(
+            self.map_inputs(lambda tensor: tensor[rows.to(tensor.device)]),
+            labels=None if self.labels is None else self.labels[rows.to(self.labels.device)],
+            size=size,
+        )
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Batches of at most ``size`` samples; the whole if some argument has not B rows."""
+        if self.first(size) is self:
+            yield self
+            return
+        for start in range(0, self.size, size):
+            stop = min(start + size, self.size)
+            yield replace(
+                self.map_inputs(lambda tensor, a=start, b=stop: tensor[a:b]),  # type: ignore[misc]
+                labels=None if self.labels is None else self.labels[start:stop],
+                size=stop - start,
+            )
 
 
 def join(first: Batch, second: Batch) -> Batch:

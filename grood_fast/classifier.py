@@ -781,11 +781,11 @@ def _cast(tensor: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
     if not tensor.is_floating_point():
         return tensor.clone() if copy else tensor
     layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
-    return tensor.detach().to(dtype, copy=copy, memory_format=layout)
+    return tensor.to(dtype, copy=copy, memory_format=layout)
 
 
 def _parameter(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(_cast(tensor, dtype, copy=True), requires_grad=False)
+    return nn.Parameter(_cast(tensor.detach(), dtype, copy=True), requires_grad=False)
 
 
 def _content(tensor: Tensor) -> tuple[Any, ...]:

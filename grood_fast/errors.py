@@ -58,6 +58,10 @@ class LoaderWarning(UserWarning):
     """The loader's order or length is not what the scores' order relies on."""
 
 
+class NetworkWarning(UserWarning):
+    """Something about a network makes its gradients slower than they could be."""
+
+
 def warn(message: str, category: type[UserWarning]) -> None:
     """Warn at the line of the user's that led here: the first outside this package and torch."""
     level, frame = 2, sys._getframe(1)

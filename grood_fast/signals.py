@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,6 +15,10 @@ from grood_fast.batches import Batch, preview
 from grood_fast.classifier import Classifier
 from grood_fast.errors import HeadNotFoundError, InputError
 from grood_fast.layers import LayerOutput, layer_need, layer_needs
+from grood_fast.network import NetworkGradients, NetworkNeed, NetworkPass
+
+Need = str | NetworkNeed
+"""What a detector asks the pass for beside the logits: ``"features"``, or gradients."""
 
 
 class LogitSummary(NamedTuple):
@@ -77,11 +81,13 @@ class Signals:
         penultimate: (B, D) penultimate features, or None where nobody asked for them.
         labels: (B,) int64 on the model's device, or None where the loader gives none.
         indices: (B,) int64 on the CPU, the samples' positions in the loader.
-        batch: what the model was given, as the loader yielded it.
+        batch: what the model was given, as the loader yielded it, or a piece of that.
         classifier: that made them.
         layers: need → a layer's output, and the network from there on for as long as the pass is at
             this batch.
         stages: layer → (B, ...) what the last layer of every stage returned.
+        network: the gradients of the network's parameters, for as long as the pass is at this
+            batch; None where nobody asked for them.
     """
 
     logits: Tensor
@@ -92,6 +98,7 @@ class Signals:
     classifier: Classifier | None = None
     layers: Mapping[str, LayerOutput] = field(default_factory=dict)
     stages: Mapping[str, Tensor] = field(default_factory=dict)
+    network: NetworkGradients | None = None
 
     @classmethod
     def of_last(
@@ -100,6 +107,7 @@ class Signals:
         outputs: tuple[Tensor, Tensor | None],
         batch: Batch,
         start: int = 0,
+        network: NetworkGradients | None = None,
     ) -> Signals:
         """What the classifier's last forward pass left.
 
@@ -108,12 +116,13 @@ class Signals:
             outputs: what ``classifier.forward(batch)`` returned.
             batch: of which.
             start: position of its first sample in the loader.
+            network: gradients that can be had from the same pass.
         """
         logits, features = outputs
         labels = None if batch.labels is None else batch.labels.to(logits.device)
         indices = torch.arange(start, start + batch.size)
         layers, stages = classifier.layers(), classifier.stages()
-        return cls(logits, features, labels, indices, batch, classifier, layers, stages)
+        return cls(logits, features, labels, indices, batch, classifier, layers, stages, network)
 
     def rows(self, rows: Tensor) -> Signals:
         """Those of some samples, by (N,) indices; from their layers nothing can be resumed."""
@@ -174,6 +183,19 @@ class Signals:
             )
         return self.penultimate
 
+    @property
+    def gradients(self) -> NetworkGradients:
+        """The gradients of the network's parameters.
+
+        Raises:
+            InputError: the pass was made without them.
+        """
+        if self.network is None:
+            raise InputError(
+                "These signals hold no network gradients: make the pass with needs={NetworkNeed()}."
+            )
+        return self.network
+
     @cached_property
     def statistics(self) -> LogitStatistics:
         """The logits' softmax statistics, shared by everything that reads them."""
@@ -198,7 +220,7 @@ class Signals:
 
 
 def stream(
-    classifier: Classifier, loader: Iterable[object], needs: frozenset[str] | set[str]
+    classifier: Classifier, loader: Iterable[object], needs: Set[Need]
 ) -> Generator[Signals, None, None]:
     """One pass of the classifier over a loader, batch by batch, in evaluation mode.
 
@@ -209,15 +231,28 @@ def stream(
     Args:
         classifier: the user's model.
         loader: yields batches; see :func:`grood_fast.batches.parse_batch`.
-        needs: signals beside the logits: ``"features"``, ``"stages"`` and
-            :func:`~grood_fast.layers.layer_need`.
+        needs: signals beside the logits: ``"features"``, ``"stages"``,
+            :func:`~grood_fast.layers.layer_need`, and a
+            :class:`~grood_fast.network.NetworkNeed` for gradients of the whole network. With one,
+            batches may come in pieces, to keep within its memory budget.
 
     Raises:
         InputError: an empty loader, or a batch that does not fit.
         HeadNotFoundError: features are needed and the model has no linear head.
     """
-    with classifier.session("features" in needs, layer_needs(needs)):
+    network_needs = [need for need in needs if isinstance(need, NetworkNeed)]
+    others = frozenset(need for need in needs if isinstance(need, str))
+    with classifier.session("features" in others, layer_needs(others)):
+        network_pass = NetworkPass(classifier, network_needs) if network_needs else None
         start = 0
         for batch in preview(loader)[1]:
-            yield Signals.of_last(classifier, classifier.forward(batch), batch, start)
-            start += batch.size
+            for piece in [batch] if network_pass is None else network_pass.pieces(batch):
+                gradients = None
+                if network_pass is None:
+                    logits, features = classifier.forward(piece)
+                else:
+                    logits, features, gradients = network_pass.forward(piece)
+                yield Signals.of_last(classifier, (logits, features), piece, start, gradients)
+                start += piece.size
+                if gradients is not None:
+                    gradients.release()  # whoever keeps the signals shall not keep the graph

@@ -124,6 +124,35 @@ struct ShortCircuitArguments {
   std::int64_t count;
 };
 
+// For every row of every sample: the sum over the shifts s of
+// left[sample, row, :] . right[sample, row + s, s : s + columns].
+struct ShiftedProductsArguments {
+  const void* left;  // Real [samples, rows, columns], contiguous
+  std::int64_t rows;
+  std::int64_t columns;
+  const void* right;  // Real, at least [samples, rows + s, columns + s] for the largest shift
+  std::int64_t right_sample_stride;  // in elements
+  std::int64_t right_row_stride;
+  const std::int64_t* shifts;
+  std::int64_t shift_count;  // >= 1
+  double* sums;              // [samples, rows]
+  DType dtype;               // float32 or float64
+};
+
+// y = scale x + shift, a scale and a shift a channel.
+struct ChannelAffineArguments {
+  const void* delta;  // gradient of y: [samples, positions, channels] or, with channels_inner
+  const void* input;  // false, [samples, channels, positions], contiguous; the input likewise
+  DType dtype;        // of both
+  bool channels_inner;
+  std::int64_t channels;
+  std::int64_t positions;
+  const void* scale;  // Real [channels]; read only for `onward`
+  void* onward;       // Real, like delta: scale delta, the gradient of x; may be null
+  void* products;     // Real [samples, channels]: sum over the positions of delta input
+  void* sums;         // Real [samples, channels]: of delta
+};
+
 std::size_t logit_gradient_scratch_bytes(std::int64_t classes);
 void logit_gradient(const LogitGradientArguments& arguments, std::int64_t begin, std::int64_t end);
 void multiply_row_norm(const RowNormArguments& arguments, std::int64_t begin, std::int64_t end);
@@ -139,6 +168,13 @@ void hadamard(const HadamardArguments& arguments, std::int64_t begin, std::int64
 
 // The whole of its arguments.
 void cluster_extremes(const ClusterExtremesArguments& arguments);
+
+// Here [begin, end) counts rows of all samples together.
+void shifted_products(
+    const ShiftedProductsArguments& arguments, std::int64_t begin, std::int64_t end);
+
+// Here samples, or with channels_inner false (sample, channel) pairs.
+void channel_affine(const ChannelAffineArguments& arguments, std::int64_t begin, std::int64_t end);
 
 // Rows a thread should at least get: under about 20 microseconds of work, waking one costs more.
 std::int64_t rows_per_task(std::int64_t classes, std::int64_t columns);

@@ -32,7 +32,7 @@ from grood_fast.errors import (
 from grood_fast.representations import REPRESENTATIONS, Representation
 from grood_fast.results import Column, Scores
 from grood_fast.scores import SCORES, Score
-from grood_fast.signals import Signals, stream
+from grood_fast.signals import Need, Signals, stream
 
 Self = TypeVar("Self", bound="Detector")
 
@@ -78,12 +78,12 @@ class Detector:
     # --- what it is ---------------------------------------------------------------------------
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         """The signals it reads beside the logits."""
         return self.representation.needs
 
     @property
-    def fit_needs(self) -> frozenset[str]:
+    def fit_needs(self) -> frozenset[Need]:
         """The signals it reads beside the logits while it learns."""
         return self.representation.fit_needs
 

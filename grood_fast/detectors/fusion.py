@@ -19,7 +19,7 @@ from grood_fast.layers import layer_needs
 from grood_fast.representations import REPRESENTATIONS, Representation
 from grood_fast.scores import SCORES
 from grood_fast.scores.fusion import Combination, Fusion
-from grood_fast.signals import Signals
+from grood_fast.signals import Need, Signals
 from grood_fast.statistics import Reservoir, require_same_config
 
 SEED = 2
@@ -61,7 +61,7 @@ class DetectorScores(Representation):
         if not 0 < held_out < 1:
             raise InputError(f"held_out must lie between 0 and 1, got {held_out}.")
         self.held_out, self.max_held_out = held_out, max_held_out
-        self.needs = frozenset().union(*(member.needs for member in self.members))
+        self.needs = frozenset[Need]().union(*(member.needs for member in self.members))
         self.needs_labels = any(  # type: ignore[misc]
             part.needs_labels for member in self.members for part in member._parts().values()
         )
@@ -83,8 +83,8 @@ class DetectorScores(Representation):
         }
 
     @property
-    def fit_needs(self) -> frozenset[str]:
-        return frozenset().union(*(member.fit_needs for member in self._learners))
+    def fit_needs(self) -> frozenset[Need]:
+        return frozenset[Need]().union(*(member.fit_needs for member in self._learners))
 
     @property
     def _learners(self) -> list[Detector]:

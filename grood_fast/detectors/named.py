@@ -18,6 +18,7 @@ from grood_fast.representations import (
     HeadGradient,
     Joint,
     ProjectedHeadGradient,
+    ProjectedNetworkGradient,
     PrototypeGradient,
     Representation,
     ShortCircuitedLogits,
@@ -77,9 +78,10 @@ class ExGrad(Detector):
 class LowDimensionalGradient(Detector):
     """Low-dimensional gradient (Wu et al., arXiv 2310.17163): a score on projected gradients.
 
-    The gradient of the energy with respect to the last layer, on its principal components over the
-    reference (or on the class averages), without ever being formed. The paper takes all parameters
-    of the network; this is the last layer's part of it.
+    The gradient of the energy on its principal components over the reference (or on the class
+    averages), without ever being formed. The paper takes all parameters of the network; the last
+    layer's part of it costs next to nothing, all of it somewhat more than a backward pass of the
+    activations.
 
     Presets, any part of which another argument replaces:
 
@@ -94,9 +96,12 @@ class LowDimensionalGradient(Detector):
         kind: ``"pca"``, or ``"class_averages"``.
         score: on the coordinates; default :class:`~grood_fast.scores.KNN` with k = 5 on
             unit-length vectors. :class:`~grood_fast.scores.LinearProbe` is the paper's other way.
+        parameters: ``"head"``: the weight of the last layer; ``"last_block"``: the last of the
+            model's blocks and what follows; ``"all"``; or names of parameters or modules.
         preset: ``"cifar"`` or ``"imagenet"``.
         **options: further arguments of
-            :class:`~grood_fast.representations.ProjectedHeadGradient`.
+            :class:`~grood_fast.representations.ProjectedHeadGradient` for ``"head"``, else of
+            :class:`~grood_fast.representations.ProjectedNetworkGradient`.
 
     Raises:
         InputError: an unknown preset, or settings that do not go together.
@@ -113,6 +118,7 @@ class LowDimensionalGradient(Detector):
         objective: Objective | str | None = None,
         kind: Literal["pca", "class_averages"] | None = None,
         score: Score | None = None,
+        parameters: str | Sequence[str] = "head",
         preset: Literal["cifar", "imagenet"] | None = None,
         **options: Any,
     ) -> None:
@@ -127,9 +133,12 @@ class LowDimensionalGradient(Detector):
             **options,
         }
         nearest = KNN(k=settings.pop("k"))
-        super().__init__(
-            nearest if score is None else score, ProjectedHeadGradient(**settings), name="ldg"
-        )
+        projected: Representation
+        if parameters == "head":
+            projected = ProjectedHeadGradient(**settings)
+        else:
+            projected = ProjectedNetworkGradient(parameters=parameters, **settings)
+        super().__init__(nearest if score is None else score, projected, name="ldg")
 
 
 class GradPCA(Detector):

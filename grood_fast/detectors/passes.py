@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from grood_fast.batches import Batch, preview
 from grood_fast.classifier import Classifier
 from grood_fast.detectors.calibration import SampleSketch
 from grood_fast.errors import (
@@ -26,12 +28,15 @@ from grood_fast.progress import progress as progress_shown
 from grood_fast.representations import Representation
 from grood_fast.results import Column, ScoreTable
 from grood_fast.scores import Score
-from grood_fast.signals import Signals, stream
+from grood_fast.signals import Need, Signals, stream
 
 if TYPE_CHECKING:
     from grood_fast.detectors.base import Detector
 
 logger = logging.getLogger(__name__)
+
+WARM_UP_BYTES = 256 << 20
+"""So many bytes of inputs at most are kept for a warm-up."""
 
 
 @dataclass
@@ -67,6 +72,7 @@ class Fitting:
     def __init__(self, detectors: Sequence[Detector], classifier: Classifier) -> None:
         self.count = 0
         self._unlabelled = 0
+        self._warmed_up = 0
         self._sketch = SampleSketch()
         lessons: dict[tuple[type, str], _Lesson] = {}
         for detector in detectors:
@@ -81,6 +87,24 @@ class Fitting:
             lessons[key].detectors.append(detector)
             lessons[key].scores.append(score)
         self._lessons = list(lessons.values())
+
+    @property
+    def representations(self) -> list[Representation]:
+        """Those that learn or are read, each once."""
+        return [lesson.representation for lesson in self._lessons]
+
+    def warm_up(self, signals: Signals) -> None:
+        """Let representations that ask for it see a batch before the pass over all of them."""
+        for lesson in self._lessons:
+            if self._warmed_up < lesson.representation.warm_up_samples:
+                lesson.representation.warm_up(signals)
+        self._warmed_up += len(signals.indices)
+
+    def finish_warm_up(self) -> None:
+        """After the last of those batches."""
+        for lesson in self._lessons:
+            if lesson.representation.warm_up_samples:
+                lesson.representation.finish_warm_up()
 
     def absorb(self, signals: Signals) -> None:
         """Take in one batch."""
@@ -173,8 +197,23 @@ def fit_together(
     if not learners:
         return
     fitting: Fitting | None = None
-    needs = frozenset[str]().union(*(detector.fit_needs for detector in learners))
-    with closing(stream(classifier, reference, needs)) as batches:
+    needs = frozenset[Need]().union(*(detector.fit_needs for detector in learners))
+    loader = reference
+    wanted = max(detector.representation.warm_up_samples for detector in learners)
+    if wanted:
+        _, remaining = preview(reference)
+        first = list(_first(remaining, wanted))
+        with closing(stream(classifier, first, needs)) as batches:
+            for signals in batches:
+                find_head(classifier, signals)
+                if fitting is None:
+                    fitting = Fitting(learners, classifier)
+                fitting.warm_up(signals)
+        assert fitting is not None
+        fitting.finish_warm_up()
+        # Kept meanwhile, so that a loader that can be read but once is read once.
+        loader = chain(first, remaining)
+    with closing(stream(classifier, loader, needs)) as batches:
         for signals in with_progress(batches, reference, "fitting", progress):
             find_head(classifier, signals)
             if fitting is None:
@@ -209,7 +248,7 @@ def score_together(
         )
     for detector in detectors.values():
         detector.to(classifier.device)
-    needs = frozenset[str]().union(*(detector.needs for detector in detectors.values()))
+    needs = frozenset[Need]().union(*(detector.needs for detector in detectors.values()))
     device = classifier.device
     columns = {name: Column(torch.float32, device) for name in detectors}
     predictions, labels = Column(torch.int64, device), Column(torch.int64, device)
@@ -226,6 +265,16 @@ def score_together(
     for name, values in table.items():
         _warn_of_nan(name, values)
     return ScoreTable(table, predictions.finish(), labels.finish() if all_labelled else None)
+
+
+def _first(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
+    """Batches until so many samples, or ``WARM_UP_BYTES`` of inputs, are together."""
+    count = size = 0
+    for batch in batches:
+        yield batch
+        count, size = count + batch.size, size + batch.nbytes
+        if count >= samples or size >= WARM_UP_BYTES:
+            return
 
 
 def find_head(classifier: Classifier, signals: Signals) -> None:

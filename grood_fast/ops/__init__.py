@@ -5,6 +5,7 @@ Plain-PyTorch twins of the same names stand in :mod:`grood_fast.ops.reference`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +19,11 @@ __all__ = [
     "OBJECTIVES",
     "OUTPUTS",
     "LogitGradient",
+    "channel_affine_backward",
     "cluster_extremes",
     "dual_project",
     "head_gradient_norm",
+    "layer_gradient_sqnorm",
     "logit_gradient",
     "nearest_distance",
     "prototype_gradient",
@@ -307,6 +310,50 @@ def _rounding_of_factors() -> float:
     return 2.0**-7 if precisions & {"bf16", "tf32"} else 0.0
 
 
+def channel_affine_backward(
+    delta: Tensor, input: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of y = scale·x + shift, a scale and a shift a channel, for every sample.
+
+    Args:
+        delta: (B, C, ...) the gradient of y, in any memory layout.
+        input: the same shape and dtype.
+        scale: (C,) of delta's dtype, float32 or float64; None leaves the first result empty.
+
+    Returns:
+        scale·δ like delta; and (B, C) Σ δ·input and Σ δ over the positions, float64 for float64
+        operands, float32 otherwise: half precision is widened.
+
+    Raises:
+        RuntimeError: wrong shapes or dtypes.
+    """
+    results: tuple[Tensor, Tensor, Tensor] = _ops.channel_affine_backward(delta, input, scale)
+    return results
+
+
+def layer_gradient_sqnorm(activation: Tensor, delta: Tensor, offsets: Sequence[int]) -> Tensor:
+    """‖G‖² per sample of a gradient G that is a sum of outer products over positions.
+
+    G consists of one (M, N) block an offset, G_j = Σ_r delta_r activation_{r + offset_j}ᵀ: a linear
+    layer on sequences has the one offset 0, a convolution one for every entry of its kernel, so
+    that no patches are gathered. The blocks are formed one at a time, or not at all where the
+    positions' inner products take fewer multiplications.
+
+    Args:
+        activation: (B, Q, N) floating point.
+        delta: (B, R, M) floating point; float64 exactly if the activations are.
+        offsets: at least one, each from 0 to Q − R.
+
+    Returns:
+        (B,) float64 for float64 operands, float32 otherwise: half precision is widened.
+
+    Raises:
+        RuntimeError: wrong shapes, dtypes or offsets.
+    """
+    result: Tensor = _ops.layer_gradient_sqnorm(activation, delta, list(offsets))
+    return result
+
+
 def simd_level() -> str:
     """The instruction set the kernels run with: ``"baseline"``, ``"avx2"`` or ``"avx512"``."""
     level: str = _ops.simd_level()
@@ -400,6 +447,25 @@ def _(queries: Tensor, bank: Tensor, bank_norms: Tensor, rounding: float) -> tup
 @torch.library.register_fake("grood_fast::short_circuit_logits")  # type: ignore[untyped-decorator]
 def _(logits: Tensor, features: Tensor, weight_t: Tensor, removed: Tensor) -> Tensor:
     return weight_t.new_empty(logits.shape)
+
+
+@torch.library.register_fake("grood_fast::channel_affine_backward")  # type: ignore[untyped-decorator]
+def _(delta: Tensor, input: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    sums = delta.new_empty(delta.shape[:2], dtype=_real(delta))
+    inner = delta.ndim > 2 and all(_channels_inner(maps) for maps in (delta, input))
+    onward = torch.empty_like(delta if inner else delta.contiguous())
+    return delta.new_empty(0) if scale is None else onward, sums, torch.empty_like(sums)
+
+
+def _channels_inner(maps: Tensor) -> bool:
+    """Whether the memory holds (B, positions, C) without gaps."""
+    rows = maps.movedim(1, -1)
+    return rows.is_contiguous()
+
+
+@torch.library.register_fake("grood_fast::layer_gradient_sqnorm")  # type: ignore[untyped-decorator]
+def _(activation: Tensor, delta: Tensor, offsets: list[int]) -> Tensor:
+    return delta.new_empty((delta.shape[0],), dtype=_real(delta))
 
 
 # --- any device without a compiled kernel of its own: the plain-PyTorch twin ----------------------
@@ -565,7 +631,34 @@ def _check_matrices(**matrices: Tensor) -> None:
             )
 
 
+def _layer_gradient_sqnorm_elsewhere(
+    activation: Tensor, delta: Tensor, offsets: list[int]
+) -> Tensor:
+    if activation.ndim != 3 or delta.ndim != 3 or len(activation) != len(delta):
+        raise RuntimeError("activation and delta must have the shapes (B, Q, N) and (B, R, M)")
+    operands = (activation, delta)
+    if not all(t.is_floating_point() for t in operands) or _real(activation) != _real(delta):
+        raise RuntimeError("activation and delta must be floating point, both float64 or neither")
+    if not offsets or min(offsets) < 0 or max(offsets) + delta.shape[1] > activation.shape[1]:
+        raise RuntimeError("each offset must lie between 0 and Q - R, and there must be one")
+    real = _real(delta)
+    return reference.layer_gradient_sqnorm(activation.to(real), delta.to(real), offsets)
+
+
+def _channel_affine_backward_elsewhere(
+    delta: Tensor, input: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if delta.ndim < 2 or delta.shape != input.shape or delta.dtype != input.dtype:
+        raise RuntimeError("delta and input must have the same shape (B, C, ...) and dtype")
+    if scale is not None and (scale.shape != delta.shape[1:2] or scale.dtype != delta.dtype):
+        raise RuntimeError("scale must be of shape (C,) and of delta's dtype")
+    real = _real(delta)
+    return reference.channel_affine_backward(delta.to(real), input.to(real), scale)
+
+
 for _name, _twin in (
+    ("channel_affine_backward", _channel_affine_backward_elsewhere),
+    ("layer_gradient_sqnorm", _layer_gradient_sqnorm_elsewhere),
     ("cluster_extremes", _cluster_extremes_elsewhere),
     ("nearest_distance", _nearest_distance_elsewhere),
     ("prototype_gradient", _prototype_gradient_elsewhere),
@@ -689,4 +782,58 @@ def _dual_project_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd(
     "grood_fast::dual_project", _dual_project_backward, setup_context=_save_dual_project
+)
+
+
+def _save_layer_gradient_sqnorm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.offsets = inputs[2]
+
+
+def _layer_gradient_sqnorm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    activation, delta = (tensor.to(grad.dtype) for tensor in saved)
+    count, scale = delta.shape[1], 2 * grad.reshape(-1, 1, 1)
+    through_activation, through_delta = torch.zeros_like(activation), torch.zeros_like(delta)
+    for offset in ctx.offsets:
+        part = activation[:, offset : offset + count]
+        gradient = scale * (delta.mT @ part)
+        through_delta = through_delta + part @ gradient.mT
+        shift = (0, 0, offset, activation.shape[1] - offset - count)
+        through_activation = through_activation + torch.nn.functional.pad(delta @ gradient, shift)
+    return through_activation.to(saved[0].dtype), through_delta.to(saved[1].dtype), None
+
+
+torch.library.register_autograd(
+    "grood_fast::layer_gradient_sqnorm",
+    _layer_gradient_sqnorm_backward,
+    setup_context=_save_layer_gradient_sqnorm,
+)
+
+
+def _save_channel_affine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _channel_affine_vjp(
+    ctx: Any, grad_onward: Tensor, grad_products: Tensor, grad_sums: Tensor
+) -> tuple[Tensor | None, ...]:
+    saved_delta, saved_input, scale = ctx.saved_tensors
+    real = _real(saved_delta)
+    delta, values = saved_delta.to(real), saved_input.to(real)
+    per_position = (*delta.shape[:2], *[1] * (delta.ndim - 2))
+    products, sums = grad_products.reshape(per_position), grad_sums.reshape(per_position)
+    through_delta, through_scale = values * products + sums, None
+    if scale is not None:
+        through_delta = through_delta + grad_onward * scale.reshape(1, *per_position[1:])
+        through_scale = (grad_onward * delta).transpose(0, 1).flatten(1).sum(dim=1)
+    return (
+        through_delta.to(saved_delta.dtype),
+        (delta * products).to(saved_input.dtype),
+        through_scale,
+    )
+
+
+torch.library.register_autograd(
+    "grood_fast::channel_affine_backward", _channel_affine_vjp, setup_context=_save_channel_affine
 )

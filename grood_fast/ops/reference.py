@@ -7,6 +7,8 @@ ops have to beat.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -118,6 +120,25 @@ def short_circuit_logits(
     """f_j − Σ over the removed i of W_ji h_i, of (B, C), (B, D), (D, C), (B, k): (B, C)."""
     contributions = features.gather(1, removed).unsqueeze(1) @ weight_t[removed]
     return logits - contributions.squeeze(1)
+
+
+def layer_gradient_sqnorm(activation: Tensor, delta: Tensor, offsets: Sequence[int]) -> Tensor:
+    """Σ_j ‖Σ_r delta_r activation_{r + offset_j}ᵀ‖² of (B, Q, N) and (B, R, M): (B,)."""
+    count = delta.shape[1]
+    shifted = (activation[:, offset : offset + count] for offset in offsets)
+    parts = [(delta.mT @ part).square().sum(dim=(1, 2)) for part in shifted]
+    return torch.stack(parts).sum(dim=0)
+
+
+def channel_affine_backward(
+    delta: Tensor, input: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """scale·δ, Σ δ·input and Σ δ over the positions, of (B, C, ...) twice and (C,)."""
+    flat = delta.flatten(2) if delta.ndim > 2 else delta.unsqueeze(2)
+    products, sums = (flat * input.reshape(flat.shape)).sum(dim=2), flat.sum(dim=2)
+    if scale is None:
+        return delta.new_empty(0), products, sums
+    return delta * scale.reshape(-1, *[1] * (delta.ndim - 2)), products, sums
 
 
 def row_norm(rows: Tensor, norm: str) -> Tensor:

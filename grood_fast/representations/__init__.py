@@ -7,6 +7,11 @@ from grood_fast.representations.base import Representation
 from grood_fast.representations.forward import Logits, PenultimateFeatures, WholeForward
 from grood_fast.representations.head_gradient import HeadGradient, HeadGradientFactors
 from grood_fast.representations.joint import HeadGradientLogNorms, Joint
+from grood_fast.representations.network_gradient import (
+    NetworkGradientNorms,
+    ParameterNorms,
+    ProjectedNetworkGradient,
+)
 from grood_fast.representations.projected_gradient import ProjectedHeadGradient
 from grood_fast.representations.prototype_gradient import PrototypeGradient
 from grood_fast.representations.short_circuit import ShortCircuitedLogits
@@ -24,6 +29,10 @@ REPRESENTATIONS: dict[str, type[Representation]] = {
         ProjectedHeadGradient,
         PrototypeGradient,
         ShortCircuitedLogits,
+        HeadGradient,
+        ProjectedHeadGradient,
+        NetworkGradientNorms,
+        ProjectedNetworkGradient,
     )
 }
 
@@ -34,8 +43,11 @@ __all__ = [
     "HeadGradientLogNorms",
     "Joint",
     "Logits",
+    "NetworkGradientNorms",
+    "ParameterNorms",
     "PenultimateFeatures",
     "ProjectedHeadGradient",
+    "ProjectedNetworkGradient",
     "PrototypeGradient",
     "Representation",
     "ShortCircuitedLogits",

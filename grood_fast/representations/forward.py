@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from grood_fast.representations.base import Representation
-from grood_fast.signals import LogitStatistics, Signals
+from grood_fast.signals import LogitStatistics, Need, Signals
 
 
 class Logits(Representation):
@@ -21,7 +21,7 @@ class PenultimateFeatures(Representation):
     """The input of the linear head, h (B, D): every gradient detector's activation-space twin."""
 
     name = "features"
-    needs: frozenset[str] = frozenset({"features"})
+    needs: frozenset[Need] = frozenset({"features"})
 
     def __call__(self, signals: Signals) -> Tensor:
         return signals.features
@@ -31,7 +31,7 @@ class WholeForward(Representation):
     """Logits and penultimate features together, for scores that weigh one against the other."""
 
     name = "signals"
-    needs: frozenset[str] = frozenset({"features"})
+    needs: frozenset[Need] = frozenset({"features"})
 
     def __call__(self, signals: Signals) -> Signals:
         return signals

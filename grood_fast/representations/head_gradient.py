@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grood_fast.objectives import Objective
 from grood_fast.representations.base import Representation
-from grood_fast.signals import LogitStatistics, Signals
+from grood_fast.signals import LogitStatistics, Need, Signals
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class HeadGradient(Representation):
     """
 
     name = "head_gradient"
-    needs: frozenset[str] = frozenset({"features"})
+    needs: frozenset[Need] = frozenset({"features"})
 
     def __init__(
         self, objective: Objective | str | dict[str, Any] = "uniform", bias: bool = False

@@ -13,7 +13,7 @@ from grood_fast.errors import InputError
 from grood_fast.objectives import Objective
 from grood_fast.representations.base import Representation
 from grood_fast.representations.forward import PenultimateFeatures
-from grood_fast.signals import Signals
+from grood_fast.signals import Need, Signals
 from grood_fast.statistics import require_same_config, warn_of_missing_classes
 from grood_fast.subspaces import FORMS, KINDS, GradientState, build, project
 
@@ -47,7 +47,7 @@ class ProjectedHeadGradient(Representation):
     """
 
     name = "projected_head_gradient"
-    needs: frozenset[str] = frozenset({"features"})
+    needs: frozenset[Need] = frozenset({"features"})
     needs_fit = True
 
     def __init__(

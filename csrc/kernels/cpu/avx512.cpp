@@ -19,11 +19,13 @@
 
 #define GROOD_FAST_LEVEL avx512
 #define GROOD_FAST_VECTOR_BYTES 64
+#include "channel_affine-inl.h"
 #include "hadamard-inl.h"
 #include "logit_gradient-inl.h"
 #include "nearest-inl.h"
 #include "prototype_gradient-inl.h"
 #include "row_norm-inl.h"
+#include "shifted_products-inl.h"
 #include "short_circuit-inl.h"
 #include "table-inl.h"
 

@@ -107,6 +107,15 @@ void short_circuit(const ShortCircuitArguments& arguments, std::int64_t begin, s
   kernels().short_circuit(arguments, begin, end);
 }
 
+void shifted_products(
+    const ShiftedProductsArguments& arguments, std::int64_t begin, std::int64_t end) {
+  kernels().shifted_products(arguments, begin, end);
+}
+
+void channel_affine(const ChannelAffineArguments& arguments, std::int64_t begin, std::int64_t end) {
+  kernels().channel_affine(arguments, begin, end);
+}
+
 std::int64_t rows_per_task(std::int64_t classes, std::int64_t columns) {
   // An exponential costs about as much as eight absolute values.
   const std::int64_t rows = 160000 / (8 * classes + columns + 1);

@@ -13,6 +13,8 @@ struct KernelTable {
   void (*prototype_gradient)(const PrototypeGradientArguments&, std::int64_t, std::int64_t);
   void (*nearest)(const NearestArguments&, std::int64_t, std::int64_t);
   void (*short_circuit)(const ShortCircuitArguments&, std::int64_t, std::int64_t);
+  void (*channel_affine)(const ChannelAffineArguments&, std::int64_t, std::int64_t);
+  void (*shifted_products)(const ShiftedProductsArguments&, std::int64_t, std::int64_t);
 };
 
 namespace baseline {
