@@ -112,17 +112,20 @@ def theirs(head: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, Any]:
     }
     for one in on_features.values():
         one.fit_features(features, labels)
-    identity = nn.Identity()
+    identity, on_maps = nn.Identity(), nn.Sequential(nn.Flatten(), head)
     clip = float(torch.quantile(features.flatten()[:1_000_000], 0.9))
     shaping = {
-        "ReAct": peers.ReAct(identity, head, threshold=clip),
-        "ASH": peers.ASH(identity, head),
-        "SCALE": peers.SCALE(identity, head),
+        "ReAct": peers.ReAct(identity, on_maps, threshold=clip),
+        "ASH": peers.ASH(identity, on_maps),
+        "SCALE": peers.SCALE(identity, on_maps),
     }
     return {
         **{name: lambda f, h, one=one: one.predict_logits(f) for name, one in on_logits.items()},
         **{n: lambda f, h, one=one: one.predict_features(h) for n, one in on_features.items()},
-        **{name: lambda f, h, one=one: one.predict(h) for name, one in shaping.items()},
+        **{
+            name: lambda f, h, one=one: one.predict(h[:, :, None, None])
+            for name, one in shaping.items()
+        },
     }
 
 
