@@ -162,8 +162,9 @@ class Layers:
     def stages(self) -> dict[str, Tensor]:
         """Activations (B, ...) at the end of every stage in the last forward pass, by layer.
 
-        Stages end where feature maps become smaller, else with each fourth of the longest chain of
-        layers of one kind, else with each fourth of all layers.
+        Stages end where feature maps (B, channels, height, width) become smaller; those of
+        transformers, and of others without maps of several sizes, with each fourth of the longest
+        chain of layers of one kind, else with each fourth of all layers.
         """
         return {call.name: self._output(call).detach() for call in self._stages}
 
@@ -281,18 +282,19 @@ def _stages(calls: list[_Call], head: str | None) -> list[_Call]:
         and not any(call.end >= one.start for one in heads)
         and call.name
     ]
-    maps: dict[tuple[int, ...], list[_Call]] = defaultdict(list)
-    for call in found:
-        if max(call.output.shape[2:], default=1) > 1 and call.output.ndim >= 4:
-            maps[tuple(call.output.shape[2:])].append(call)
-    if len(maps) > 1:
-        return sorted(map(_last_outermost, maps.values()), key=lambda call: call.end)
     chains: dict[tuple[Any, ...], list[_Call]] = defaultdict(list)
     for call in found:
         parent, _, key = call.name.rpartition(".")
         if key.isdigit():
             chains[parent, call.kind, tuple(call.output.shape[1:])].append(call)
     chain = max(chains.values(), key=len, default=[])
+    of_tokens = len(chain) >= PARTS and chain[0].output.ndim == 3
+    maps: dict[tuple[int, ...], list[_Call]] = defaultdict(list)
+    for call in found:
+        if max(call.output.shape[2:], default=1) > 1 and call.output.ndim >= 4:
+            maps[tuple(call.output.shape[2:])].append(call)
+    if len(maps) > 1 and not of_tokens:  # attention has four dimensions as well
+        return sorted(map(_last_outermost, maps.values()), key=lambda call: call.end)
     if len(chain) < PARTS:
         chain = [call for call in found if not any(call.contains(other) for other in found)]
     ends = {-(-len(chain) * part // PARTS) - 1 for part in range(1, PARTS + 1)}

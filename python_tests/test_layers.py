@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import toys
+from peers import import_torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
@@ -17,6 +18,7 @@ from grood_fast.classifier import Classifier
 from grood_fast.errors import InputError
 from grood_fast.evaluation.networks import small_residual_network
 from grood_fast.layers import STAGES, layer_need, pooled
+from grood_fast.representations import ShortCircuitedLogits
 from grood_fast.signals import Signals, stream
 
 
@@ -305,3 +307,31 @@ def test_a_pass_that_has_moved_on_cannot_be_resumed() -> None:
         first, _second = next(batches), next(batches)
         with pytest.raises(InputError, match="the pass has moved on"):
             first.layer("backbone.2").resume(first.layer("backbone.2").activation)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("resnet18", ["act1", "layer1", "layer2", "layer3", "layer4"]),
+        ("vit_tiny_patch16_224", ["blocks.2", "blocks.5", "blocks.8", "blocks.11"]),
+        ("convnext_atto", ["stem", "stages.1", "stages.2", "norm_pre"]),
+    ],
+)
+def test_published_architectures(name: str, stages: list[str]) -> None:
+    """Stages, resuming, and a forward-mode derivative behind the last stage but one."""
+    import_torchvision()
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name, pretrained=False, num_classes=7)
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    representation = ShortCircuitedLogits(None)
+    needs = {STAGES, "features", *representation.needs}
+    with closing(stream(Classifier(model), [x], needs)) as batches:
+        signals = next(batches)
+        assert list(signals.stages) == stages
+        output = signals.layer(None)
+        assert output.name == stages[-2]
+        logits, features = output.resume(output.activation)
+        assert torch.equal(logits, signals.logits)
+        assert features is not None
+        assert torch.equal(features, signals.features)
+        assert representation(signals).logits.isfinite().all()

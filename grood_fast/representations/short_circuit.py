@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grood_fast import ops
 from grood_fast.classifier import Classifier
@@ -151,7 +152,12 @@ class ShortCircuitedLogits(Representation):
         kept = flat.scatter(1, removed, 0.0).reshape(features.shape)
         if self.logits == "exact":
             return layer.resume(kept)[0]
-        with torch.inference_mode(False), torch.no_grad(), forward_ad.dual_level():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            forward_ad.dual_level(),
+            sdpa_kernel(SDPBackend.MATH),  # the only attention with a forward-mode derivative
+        ):
             tangent = kept - features
             dual = forward_ad.make_dual(  # type: ignore[no-untyped-call]
                 features.clone(), tangent
