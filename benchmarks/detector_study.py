@@ -9,7 +9,7 @@ the same reference and the same sets. Each network is a cell, one JSON file:
 Near OOD are the held-out classes, far OOD four other data sets. Settings are chosen on outliers
 made from validation images of the training classes, never on these: where a detector has variants,
 its row "chosen" takes in every cell the variant of highest mean AUROC on the validation outliers.
-The others stand at their defaults. "fused without x" leaves a part of the fusion out.
+The others stand at their defaults. "fused(without x)" leaves a part of the fusion out.
 
 What is between the detectors is a mean of paired differences over the cells, with a 95 % interval
 by resampling pairs of classes, and seeds within them: classes, not test images, are what varies.
@@ -58,7 +58,7 @@ MAIN = "fused"
 
 
 def ours() -> dict[str, Detector]:
-    """Registered detectors at their defaults, variants to choose from, fusions without a part."""
+    """Registered detectors at their defaults, and variants to choose from."""
     made = {name: gf.detector(name) for name in gf.DETECTORS}
     made["knn(5, standardised)"] = Detector(gf.KNN(5, standardize=True))
     for layer in ("head", None):
@@ -75,17 +75,52 @@ def ours() -> dict[str, Detector]:
     ):
         described = ", ".join(f"{key}={value}" for key, value in options.items())
         made[f"grood({described})"] = gf.GROOD(**options)  # type: ignore[arg-type]
-    parts = {"rmd": gf.RelativeMahalanobis(), "energy": gf.Energy(), "density": gf.JointDensity()}
-    for left_out in parts:
-        others = [part for name, part in parts.items() if name != left_out]
-        made[f"fused without {left_out}"] = gf.Fused(members=others)
-    made["fused without gradients"] = gf.Fused(gradients=None)
     made["density without gradients"] = gf.JointDensity(gradients=None)
-    for combine in ("max", "fisher", "stouffer"):
-        made[f"fused({combine})"] = gf.Fused(combine=combine)  # type: ignore[arg-type]
+    made |= {f"fused({name})": fused for name, fused in fusions().items()}
     for name, detector in made.items():
         detector.name = name
     return made
+
+
+POOL: dict[str, Callable[[], Any]] = {
+    "rmd": gf.RelativeMahalanobis,
+    "energy": gf.Energy,
+    "density": gf.JointDensity,
+    "activations": lambda: gf.JointDensity(gradients=None),
+    "knn": lambda: gf.KNN(5, standardize=True),
+    "vim": gf.ViM,
+    "ldg": lambda: gf.detector("ldg"),
+    "grood": lambda: gf.GROOD(score="cosine"),
+    "gsc": lambda: gf.GSC(score="energy_drop", by="contribution"),
+}
+"""What fusions are made of: they share their fitted parts, and differ in weights alone."""
+
+
+def fusions() -> dict[str, Detector]:
+    """The default without each of its parts and with others, combined in other ways."""
+    default = ("rmd", "energy", "density")
+    members = [make() for make in POOL.values()]
+
+    def of(*parts: str, **options: Any) -> Detector:
+        weights = [float(name in parts) for name in POOL]
+        return gf.ensemble(members, weights=weights, **options)
+
+    without = {f"without {n}": of(*(m for m in default if m != n)) for n in default}
+    more = {f"with {n}": of(*default, n) for n in ("knn", "vim", "ldg", "grood", "gsc")}
+    return {
+        **without,
+        "without gradients": of("rmd", "energy", "activations"),
+        **more,
+        "knn, density": of("knn", "density"),
+        "grood, density": of("grood", "density"),
+        "rmd, grood, density": of("rmd", "grood", "density"),
+        "rmd, knn, energy, grood, gsc, density": of(*default, "knn", "grood", "gsc"),
+        "all": of(*POOL),
+        "stouffer": of(*default, combine="stouffer"),
+        "stouffer with knn, grood": of(*default, "knn", "grood", combine="stouffer"),
+        "max": gf.Fused(combine="max"),
+        "fisher": gf.Fused(combine="fisher"),
+    }
 
 
 def theirs(head: nn.Linear, features: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -206,6 +206,7 @@ def ensemble(
     *,
     combine: Combination = "mean",
     scale: Literal["moments", "ranks"] = "moments",
+    weights: Sequence[float] | None = None,
     held_out: float = 0.05,
     name: str = "ensemble",
 ) -> Detector:
@@ -216,7 +217,7 @@ def ensemble(
 
     Args:
         detectors: names, scores or detectors; they are copied and fitted anew.
-        combine, scale: see :class:`~grood_fast.scores.Fusion`.
+        combine, scale, weights: see :class:`~grood_fast.scores.Fusion`.
         held_out: share of the reference to hold out.
         name: what results are filed under.
 
@@ -226,7 +227,9 @@ def ensemble(
     from grood_fast.detectors.named import by_unique_name
 
     members = list(by_unique_name(detectors).values())
-    return Detector(Fusion(combine, scale), DetectorScores(members, held_out), name=name)
+    return Detector(
+        Fusion(combine, scale, weights=weights), DetectorScores(members, held_out), name=name
+    )
 
 
 def _description(member: Detector) -> dict[str, Any]:

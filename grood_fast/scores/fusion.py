@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -38,6 +39,8 @@ class Fusion(Score):
         scale: ``"moments"``: less the mean, over the standard deviation; ``"ranks"``: −log p.
             Fisher's and Stouffer's combinations are of p-values anyway.
         max_samples: at most this many samples are kept, chosen by their index.
+        weights: of the scores, for ``"mean"`` and ``"stouffer"``: Σ w s/Σ w and
+            Σ w Φ⁻¹(1 − p)/√Σ w²; 0 leaves a score out. Default: equal.
 
     Raises:
         InputError: for an unknown setting, or held-out scores that are not finite.
@@ -52,17 +55,30 @@ class Fusion(Score):
         combine: Combination = "mean",
         scale: Literal["moments", "ranks"] = "moments",
         max_samples: int = 10_000,
+        weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if combine not in COMBINATIONS:
             raise InputError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}.")
         if scale not in ("moments", "ranks"):
             raise InputError(f"scale must be 'moments' or 'ranks', got {scale!r}.")
+        if weights is not None:
+            if combine not in ("mean", "stouffer"):
+                raise InputError(f"combine={combine!r} takes no weights.")
+            if not any(weights) or not all(0 <= weight < math.inf for weight in weights):
+                raise InputError(f"weights must be finite, not negative and not all 0: {weights}.")
+            weights = [float(weight) for weight in weights]
         self.combine, self.scale, self.max_samples = combine, scale, max_samples
+        self.weights: Sequence[float] | None = weights
         self._reservoir = Reservoir(max_samples)
 
     def config(self) -> dict[str, Any]:
-        return {"combine": self.combine, "scale": self.scale, "max_samples": self.max_samples}
+        return {
+            "combine": self.combine,
+            "scale": self.scale,
+            "max_samples": self.max_samples,
+            "weights": self.weights,
+        }
 
     def begin(self, classifier: Classifier) -> None:
         self.fitted = {}
@@ -71,7 +87,7 @@ class Fusion(Score):
     @keeps_state
     def absorb(self, z: Tensor, labels: Tensor | None, indices: Tensor) -> None:
         """Take in (B, M) scores of held-out in-distribution samples; labels are not read."""
-        require_rows(z, what="scores")
+        require_rows(z, None if self.weights is None else len(self.weights), what="scores")
         self._reservoir.absorb({"scores": z.double()}, indices)
 
     def merge(self, other: Fusion) -> None:
@@ -104,10 +120,12 @@ class Fusion(Score):
             on_scale = normal_quantile(log_p) if self.combine == "stouffer" else -log_p
         if self.combine == "max":
             return on_scale.amax(dim=1)
-        total = on_scale.sum(dim=1)
         if self.combine == "fisher":
-            return 2 * total
-        return total / (z.shape[1] if self.combine == "mean" else math.sqrt(z.shape[1]))
+            return 2 * on_scale.sum(dim=1)
+        weights = z.new_tensor([1.0] * z.shape[1] if self.weights is None else self.weights)
+        parts = on_scale[:, weights > 0] * weights[weights > 0]
+        size = weights.sum() if self.combine == "mean" else weights.norm()
+        return parts.sum(dim=1) / size
 
 
 def log_p_value(scores: Tensor, held_out: Tensor) -> Tensor:

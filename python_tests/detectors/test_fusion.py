@@ -306,6 +306,26 @@ class TestPValues:
             np.testing.assert_allclose(score(z), expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("combine", ["mean", "stouffer"])
+def test_weights(combine: str) -> None:
+    model = toys.Net()
+
+    def scores(names: list[str], weights: list[float] | None = None) -> Tensor:
+        some = [one for one in members() if one.name in names]
+        fused = gf.ensemble(some, combine=combine, weights=weights, held_out=0.2)
+        return plain(fused.fit(model, REFERENCE).score(QUERIES))
+
+    everything = list(MEMBERS)
+    assert_close(scores(everything, [1, 0, 1]), scores(["knn", "gradnorm"]))
+    assert_close(scores(everything, [2, 2, 2]), scores(everything))
+    assert not torch.allclose(scores(everything, [1, 2, 3]), scores(everything))
+    for options in ({"combine": "max", "weights": [1]}, {"weights": [0]}, {"weights": [-1]}):
+        with pytest.raises(InputError):
+            gf.ensemble(["energy"], **options)
+    with pytest.raises(InputError, match="must have 2 columns, got 1"):
+        gf.ensemble(["energy"], weights=[1, 1], held_out=0.2).fit(model, REFERENCE)
+
+
 def test_refuses() -> None:
     for options in ({"combine": "vote"}, {"scale": "logs"}, {"held_out": 0.0}):
         with pytest.raises(InputError):
