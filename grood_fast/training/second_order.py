@@ -12,6 +12,8 @@ Both have a form in which the same fused kernels as in the first backward pass d
   is self-adjoint: g receives w·r·P v, which is batch norm's first backward pass of v.
   The input receives −r (w r x̂ ⟨v, P g⟩/M + mean(g x̂)·w r P v + mean(v x̂)·w r P g), over the M
   values of a channel, and w receives r ⟨v, P g⟩.
+
+ReLU's own second derivative is zero, which PyTorch would write out and add.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+_RELUS = (functional.relu, torch.relu)
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 
 
 class SecondOrder(TorchFunctionMode):
-    """While it is entered, convolutions and batch norm are recorded with the derivatives above.
+    """While it is entered, these layers are recorded with the derivatives above.
 
     The values are PyTorch's own. Meant for one forward pass, from which :meth:`gradients` is then
     taken; only derivatives of that with respect to parameters are supported beyond it.
@@ -46,6 +49,8 @@ class SecondOrder(TorchFunctionMode):
             result = self._convolution(func, *args, **(kwargs or {}))
         elif func is functional.batch_norm:
             result = self._batch_norm(*args, **(kwargs or {}))
+        elif func in _RELUS:
+            result = self._relu(*args, **(kwargs or {}))
         else:
             result = None
         return func(*args, **(kwargs or {})) if result is None else result
@@ -97,6 +102,26 @@ class SecondOrder(TorchFunctionMode):
             input, weight, bias, running_mean, running_var, momentum, eps, self
         )
         return result
+
+    def _relu(self, input: Tensor, inplace: bool = False) -> Tensor | None:
+        result: Tensor = _ReLU.apply(input, inplace)  # type: ignore[no-untyped-call]
+        return result
+
+
+class _ReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        if inplace:
+            ctx.mark_dirty(x)
+        out = x.relu_() if inplace else x.relu()
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (out,) = ctx.saved_tensors
+        # Detached: what was kept and what not does not change with the values.
+        return torch.ops.aten.threshold_backward(grad, out.detach(), 0), None
 
 
 class _Convolution(torch.autograd.Function):
@@ -226,6 +251,8 @@ def _back(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What goes back to input, weight and bias: w r P g, Σ g x̂ and Σ g of each channel."""
+    if weight is None:  # CUDA's kernel gives the sums only with one
+        weight = torch.ones_like(mean)
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
         grad, x, weight, None, None, mean, inverse_std, True, eps, wanted
     )
@@ -233,7 +260,7 @@ def _back(
 
 
 def _channel_sums(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a·b of each channel (dimension 1)."""
-    # As a matrix: reductions over the outer dimensions of channels_last memory are slow.
-    product = (a * b).movedim(1, -1)
-    return product.reshape(-1, product.shape[-1]).sum(dim=0)
+    """Σ a·b of each channel (dimension 1), in one pass: what a batch norm that does nothing would
+    send to its weight."""
+    zeros = torch.zeros(b.shape[1], dtype=b.dtype, device=b.device)
+    return _back(a, b, None, zeros, zeros + 1, 0.0, [False, True, False])[1]

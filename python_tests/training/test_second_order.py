@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 from training.helpers import convolutional, images, parameter_gradients
@@ -61,6 +62,19 @@ def test_batch_norm_without_affine_and_with_zero_weight() -> None:
 def test_batch_norm_without_running_statistics() -> None:
     model = convolutional()
     model[1] = nn.BatchNorm2d(6, track_running_stats=False).double()
+    assert_as_pytorch(model, images(5))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_relus_of_every_kind(inplace: bool) -> None:
+    class Relu(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            F.relu(x, inplace=True)  # used for what it does to x
+            return torch.relu(x - 0.1)
+
+    model = convolutional()
+    model[2] = nn.ReLU(inplace=inplace)
+    model[5] = nn.Sequential(Relu(), nn.BatchNorm2d(8).double())
     assert_as_pytorch(model, images(5))
 
 
