@@ -124,6 +124,7 @@ class Detector:
                 f"a detector is called with the signals of a pass, got {type(signals).__name__}: "
                 "for inputs there are score(loader), predict(batch) and p_values(batch)."
             )
+        self.require_fitted()
         return self.score_function(signals.read_as(self.representation))
 
     # --- what a user does with it -------------------------------------------------------------

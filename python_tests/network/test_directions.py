@@ -109,7 +109,7 @@ def test_coordinates_of_a_network(network: str) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: nn.Module = (
-            small_residual_network() if network == "residual" else EfficientNetLite0(classes=5)
+            small_residual_network() if network == "residual" else EfficientNetLite0()
         )
         size = (4, 1, 12, 12) if network == "residual" else (2, 3, 32, 32)
         x = torch.randn(size, dtype=torch.float64)

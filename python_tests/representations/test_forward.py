@@ -32,11 +32,14 @@ def test_they_say_what_they_need() -> None:
         PenultimateFeatures()(without)
 
 
+REQUIRED = {"joint": ([Logits()],), "detector_scores": ([Detector(Energy())],)}
+
+
 def test_the_registry() -> None:
     for name, kind in REPRESENTATIONS.items():
         assert kind.name == name
         assert issubclass(kind, Representation)
-        representation = kind()
+        representation = kind(*REQUIRED.get(name, ()))
         assert representation.is_fitted is not representation.needs_fit
         again = representation.fresh()
         assert type(again) is kind
