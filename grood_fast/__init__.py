@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grood_fast.detectors import DETECTORS as DETECTORS
     from grood_fast.detectors import Calibration as Calibration
+    from grood_fast.detectors import ConfoundingLabel as ConfoundingLabel
     from grood_fast.detectors import Detector as Detector
     from grood_fast.detectors import ExGrad as ExGrad
     from grood_fast.detectors import GradNorm as GradNorm
@@ -54,6 +55,7 @@ _PUBLIC = {
     "detectors": (
         "DETECTORS",
         "Calibration",
+        "ConfoundingLabel",
         "Detector",
         "ExGrad",
         "GradNorm",

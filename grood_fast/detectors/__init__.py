@@ -6,6 +6,7 @@ from grood_fast.detectors.base import Detector, Fitting, fit_together, score_tog
 from grood_fast.detectors.calibration import Calibration
 from grood_fast.detectors.named import (
     DETECTORS,
+    ConfoundingLabel,
     ExGrad,
     GradNorm,
     GradPCA,
@@ -17,6 +18,7 @@ from grood_fast.detectors.named import (
 __all__ = [
     "DETECTORS",
     "Calibration",
+    "ConfoundingLabel",
     "Detector",
     "ExGrad",
     "Fitting",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grood_fast.scores.base import Score
 from grood_fast.scores.gaussian import ClassGMM, Mahalanobis, RelativeMahalanobis
-from grood_fast.scores.gradient import ExpectedGradientNorm, GradientNorm
+from grood_fast.scores.gradient import ExpectedGradientNorm, GradientNorm, NetworkGradientNorm
 from grood_fast.scores.knn import KNN
 from grood_fast.scores.logits import GEN, MSP, Energy, MaxLogit
 from grood_fast.scores.subspace import SubspaceResidual, SubspaceShare
@@ -18,6 +18,7 @@ SCORES: dict[str, type[Score]] = {
         Energy,
         GEN,
         GradientNorm,
+        NetworkGradientNorm,
         ExpectedGradientNorm,
         KNN,
         Mahalanobis,
@@ -40,6 +41,7 @@ __all__ = [
     "GradientNorm",
     "Mahalanobis",
     "MaxLogit",
+    "NetworkGradientNorm",
     "RelativeMahalanobis",
     "Score",
     "SubspaceResidual",

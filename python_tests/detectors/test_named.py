@@ -14,7 +14,7 @@ from grood_fast.errors import InputError
 from grood_fast.representations import HeadGradient
 from grood_fast.scores import KNN, MSP, Energy, GradientNorm, Mahalanobis
 
-NEEDS_REFERENCE = {"knn", "mahalanobis", "rmd", "gmm", "vim", "ldg", "gradpca"}
+NEEDS_REFERENCE = {"confounding", "knn", "mahalanobis", "rmd", "gmm", "vim", "ldg", "gradpca"}
 
 
 @pytest.mark.parametrize("name", DETECTORS)

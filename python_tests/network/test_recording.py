@@ -66,11 +66,11 @@ def test_the_model_is_untouched(failure: BaseException | None, checkpoint: bool)
 def test_blocks_get_their_forward_back() -> None:
     model = deep()
     before = Condition(model)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("inside")
+
     with pytest.raises(RuntimeError, match="inside"):
-
-        def fail(*_: Any) -> None:
-            raise RuntimeError("inside")
-
         read(model, samples(6), fail, NetworkNeed(checkpoint=True))
     before.assert_same(model)
     assert blocks(model) == ["1", "2"]
