@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from grood_fast.detectors import GROOD as GROOD
     from grood_fast.detectors import GSC as GSC
     from grood_fast.detectors import Calibration as Calibration
+    from grood_fast.detectors import ConfoundingLabel as ConfoundingLabel
     from grood_fast.detectors import Detector as Detector
     from grood_fast.detectors import ExGrad as ExGrad
     from grood_fast.detectors import Fused as Fused
@@ -78,6 +79,7 @@ _PUBLIC = {
     "detectors": (
         "Calibration",
         "DETECTORS",
+        "ConfoundingLabel",
         "Detector",
         "ExGrad",
         "Fused",

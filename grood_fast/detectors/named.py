@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from grood_fast.detectors.base import Detector
 from grood_fast.detectors.fusion import DetectorScores
@@ -17,6 +17,7 @@ from grood_fast.objectives import Objective
 from grood_fast.representations import (
     HeadGradient,
     Joint,
+    NetworkGradientNorms,
     ProjectedHeadGradient,
     ProjectedNetworkGradient,
     PrototypeGradient,
@@ -36,6 +37,7 @@ from grood_fast.scores import (
     GradientNorm,
     Mahalanobis,
     MaxLogit,
+    NetworkGradientNorm,
     Norm,
     ProjectedGradientNorm,
     RelativeMahalanobis,
@@ -57,11 +59,56 @@ class GradNorm(Detector):
         norm: ``"l1"`` as in the paper, ``"l2"`` or ``"linf"``.
         temperature: T of the softmax; the paper's 1.
         bias: whether the bias' gradient counts too; the paper takes the weight alone.
+        parameters: ``"head"``, as in the paper; or ``"last_block"``, ``"all"`` or names, with all
+            biases, in L1 or L2: the L2 norm comes without forming a gradient, the L1 norm forms
+            each of them, one tensor at a time.
     """
 
-    def __init__(self, norm: str = "l1", temperature: float = 1.0, bias: bool = False) -> None:
+    def __init__(
+        self,
+        norm: str = "l1",
+        temperature: float = 1.0,
+        bias: bool = False,
+        parameters: str | Sequence[str] = "head",
+    ) -> None:
         objective = {"name": "uniform", "temperature": temperature}
-        super().__init__(GradientNorm(norm), HeadGradient(objective, bias), name="gradnorm")
+        if parameters == "head":
+            super().__init__(GradientNorm(norm), HeadGradient(objective, bias), name="gradnorm")
+        else:
+            norms = NetworkGradientNorms(objective, parameters, cast(Any, norm))
+            super().__init__(NetworkGradientNorm(), norms, name="gradnorm")
+
+
+class ConfoundingLabel(Detector):
+    """Confounding labels (Lee and AlRegib, ICIP 2020; Lee, Prabhushankar and AlRegib 2022).
+
+    The network is asked to learn a label that no sample can have, and the vector of
+    log ‖dL/dθ‖² over its parameter tensors θ is what a sample becomes; L is the binary
+    cross-entropy between the logits and that label. The papers train a classifier on such vectors
+    of in-distribution and OOD samples; this detector sees none of the latter: its score is fitted
+    on the in-distribution vectors alone. For the papers' protocols see
+    :mod:`grood_fast.evaluation.supervised`.
+
+    Args:
+        label: the C entries of the label, in [0, 1]; None for all ones.
+        score: on the vectors; default the distance to the 10th neighbour, every entry standardised.
+        features: put the penultimate features beside the log norms.
+        parameters: ``"all"``, ``"last_block"``, ``"head"`` or names.
+    """
+
+    def __init__(
+        self,
+        label: Sequence[float] | None = None,
+        score: Score | None = None,
+        features: bool = False,
+        parameters: str | Sequence[str] = "all",
+    ) -> None:
+        objective = Objective("confounding", target=None if label is None else tuple(label))
+        output: Literal["log", "log_and_features"] = "log_and_features" if features else "log"
+        norms = NetworkGradientNorms(objective, parameters, output=output)
+        if score is None:
+            score = KNN(k=10, metric="euclidean", standardize=True)
+        super().__init__(score, norms, name="confounding")
 
 
 class ExGrad(Detector):
@@ -328,6 +375,7 @@ DETECTORS: dict[str, Callable[..., Score | Detector]] = {
     "gsc": GSC,
     "density": JointDensity,
     "fused": Fused,
+    "confounding": ConfoundingLabel,
 }
 """Registry name → what makes it; every name is also the detector's own."""
 

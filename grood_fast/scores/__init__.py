@@ -5,7 +5,12 @@ from __future__ import annotations
 from grood_fast.scores.base import Score
 from grood_fast.scores.fusion import Fusion
 from grood_fast.scores.gaussian import ClassGMM, Mahalanobis, RelativeMahalanobis
-from grood_fast.scores.gradient import ExpectedGradientNorm, GradientNorm, ProjectedGradientNorm
+from grood_fast.scores.gradient import (
+    ExpectedGradientNorm,
+    GradientNorm,
+    NetworkGradientNorm,
+    ProjectedGradientNorm,
+)
 from grood_fast.scores.knn import KNN
 from grood_fast.scores.logits import GEN, MSP, Energy, EnergyDrop, MaxLogit
 from grood_fast.scores.norm import Norm
@@ -21,6 +26,7 @@ SCORES: dict[str, type[Score]] = {
         Energy,
         GEN,
         GradientNorm,
+        NetworkGradientNorm,
         ExpectedGradientNorm,
         ProjectedGradientNorm,
         EnergyDrop,
@@ -51,6 +57,7 @@ __all__ = [
     "LinearProbe",
     "Mahalanobis",
     "MaxLogit",
+    "NetworkGradientNorm",
     "Norm",
     "ProjectedGradientNorm",
     "RelativeMahalanobis",

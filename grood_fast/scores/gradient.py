@@ -10,6 +10,7 @@ from torch import Tensor
 from grood_fast import ops
 from grood_fast.errors import InputError
 from grood_fast.representations.head_gradient import HeadGradientFactors
+from grood_fast.representations.network_gradient import ParameterNorms
 from grood_fast.scores.base import Score
 from grood_fast.statistics import Moments, keeps_state, require_same_config
 
@@ -41,6 +42,21 @@ class GradientNorm(Score):
 
     def __call__(self, z: HeadGradientFactors) -> Tensor:
         norm = z.objective.head_gradient_norm(z.statistics.logits, z.features, self.norm, z.bias)
+        return norm if z.objective.norm_sign > 0 else -norm
+
+
+class NetworkGradientNorm(Score):
+    """Norm of the gradient of many parameters together, with the sign its objective calls for.
+
+    Reads the norms of the single parameters: their sum where those are L1 norms, the root of the
+    sum of their squares where they are L2 norms. Higher = more OOD, as for :class:`GradientNorm`.
+    """
+
+    name = "network_gradient_norm"
+    representation = "network_gradient_norms"
+
+    def __call__(self, z: ParameterNorms) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(z.values, ord=1 if z.norm == "l1" else 2, dim=1)
         return norm if z.objective.norm_sign > 0 else -norm
 
 

@@ -15,7 +15,7 @@ from grood_fast.representations import HeadGradient
 from grood_fast.scores import KNN, MSP, Energy, GradientNorm, Mahalanobis
 
 NEEDS_REFERENCE = {
-    *("knn", "mahalanobis", "rmd", "gmm", "vim"),
+    *("confounding", "knn", "mahalanobis", "rmd", "gmm", "vim"),
     *("ldg", "gradpca", "gradorth", "grood", "density", "fused"),
 }
 

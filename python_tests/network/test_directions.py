@@ -10,7 +10,7 @@ from network.helpers import autograd_gradients, read
 from torch import Tensor, nn
 
 from grood_fast.errors import InputError
-from grood_fast.evaluation.networks import EfficientNetLite0, small_residual_network
+from grood_fast.evaluation.networks import efficientnet_lite0, small_residual_network
 from grood_fast.network.directions import (
     Coordinates,
     DirectionSketch,
@@ -109,7 +109,7 @@ def test_coordinates_of_a_network(network: str) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: nn.Module = (
-            small_residual_network() if network == "residual" else EfficientNetLite0()
+            small_residual_network() if network == "residual" else efficientnet_lite0()
         )
         size = (4, 1, 12, 12) if network == "residual" else (2, 3, 32, 32)
         x = torch.randn(size, dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import toys
 
+from grood_fast.detectors import Detector
 from grood_fast.errors import HeadNotFoundError
 from grood_fast.representations import (
     REPRESENTATIONS,
@@ -13,7 +14,7 @@ from grood_fast.representations import (
     Representation,
     WholeForward,
 )
-from grood_fast.scores import SCORES
+from grood_fast.scores import SCORES, Energy
 
 
 def test_they_hand_on_what_the_pass_left() -> None:
