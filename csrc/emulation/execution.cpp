@@ -1,6 +1,7 @@
 #include "execution.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -13,6 +14,9 @@
 
 // ThreadSanitizer must not look in here: this file is compiled without its instrumentation.
 namespace grood_fast::emulation {
+
+const Position* running_position = nullptr;
+
 namespace {
 
 constexpr int kMaxCopies = 256;  // outstanding, of one thread
@@ -52,7 +56,6 @@ struct Grid {
   std::mt19937_64 random;
   Fiber* host = nullptr;
   std::vector<std::unique_ptr<Thread>> threads;
-  std::vector<std::uint8_t> order_memory;
   const Launch* launch = nullptr;
   Thread* running = nullptr;
   const char* violation[2] = {};  // of the running thread, in words
@@ -65,6 +68,7 @@ struct Grid {
   int barrier_turn = 0;
   char warp_order[kMaxThreads / kWarp][2];
   int warp_turn[kMaxThreads / kWarp] = {};
+  int meeting[kMaxThreads / kWarp] = {};  // lanes that wait for their warp
   char launch_order, finish_order;
 };
 
@@ -127,9 +131,11 @@ std::string deadlock(int count) {
   return report.str();
 }
 
-// Lets the warp of `thread` go on if all that its mask names have arrived.
+// `thread` has come to a meeting: lets its warp go on if all that its mask names have.
 void complete_meeting(Thread& thread, int count) {
   Grid& g = grid();
+  int& meeting = g.meeting[thread.position.warp];
+  if (++meeting < std::popcount(thread.mask)) return;
   const int first = thread.position.warp * kWarp;
   void* arguments[kWarp] = {};
   for (int lane = 0; lane < kWarp; ++lane) {
@@ -148,6 +154,7 @@ void complete_meeting(Thread& thread, int count) {
     g.warp_turn[thread.position.warp] ^= 1;
   }
   const std::uint32_t mask = thread.mask;
+  meeting -= std::popcount(mask);
   for (int lane = 0; lane < kWarp; ++lane) {
     if (mask >> lane & 1) g.threads[first + lane]->state = State::ready;
   }
@@ -203,6 +210,7 @@ std::string run_block(const Launch& launch, Index block, int count) {
     thread.copy_count = thread.copy_groups = 0;
     order[t] = t;
   }
+  std::fill(std::begin(g.meeting), std::end(g.meeting), 0);
   happens_before(&g.launch_order);
   for (int finished = 0; finished < count;) {
     arrange(order);
@@ -212,6 +220,7 @@ std::string run_block(const Launch& launch, Index block, int count) {
       if (thread.state != State::ready) continue;
       progress = true;
       g.running = &thread;
+      running_position = &thread.position;
       g.host->switch_to(thread.fiber);
       if (g.violation[0] != nullptr)
         return std::string(g.violation[0]) + g.violation[1] + "; " + name_of(thread);
@@ -281,8 +290,6 @@ void run(const Launch& launch) {
   g.host = nullptr;
   if (!violation.empty()) throw Violation(violation);
 }
-
-const Position& position() { return grid().running->position; }
 
 void* shared_array(const void* tag, std::size_t bytes) {
   Grid& g = grid();

@@ -51,7 +51,8 @@ struct Position {
   Index thread, block, block_size, grid_size;
   int lane, warp;
 };
-const Position& position();
+extern const Position* running_position;  // the running thread's
+inline const Position& position() { return *running_position; }
 
 // The block's array that belongs to `tag`; of the same size each time.
 void* shared_array(const void* tag, std::size_t bytes);

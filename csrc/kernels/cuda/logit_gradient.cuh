@@ -95,7 +95,8 @@ __device__ __forceinline__ Real inside_of_label(Real value, Real label) {
 }
 
 template <typename Input, int kThreads, int kChunks>
-__global__ void __launch_bounds__(Group<kThreads>::kBlock)
+__global__ void __launch_bounds__(
+    Group<kThreads>::kBlock, sizeof(Input) == 8 ? 1 : 512 / Group<kThreads>::kBlock)
     logit_gradient_kernel(LogitGradientArguments a, std::int64_t rows, bool aligned) {
   using Threads = Group<kThreads>;
   using OneRow = Row<Input, kThreads, kChunks>;

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(Group<kThreads>::kBlock)
     norm = most;
   } else {
     const double unit = most;
-    double wide = one / (unit * unit);
+    double wide = one > 0 ? 1 / (unit * unit) : 0;  // whose square may be 0 without the one
     each([&](Real value) {
       const double scaled = static_cast<double>(value) / unit;
       wide += scaled * scaled;
