@@ -41,9 +41,12 @@ KERNELS = sorted(ROOT.glob("csrc/kernels/cpu/*.cpp"))
 EMULATION_FLAGS = ["-DGROOD_FAST_EMULATED", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 EMULATED = ROOT / "build" / "emulation" / "_ops.so"  # for tests: the CUDA kernels, for CPU tensors
 SOURCES = {  # beside the kernels, which are in both
-    "grood_fast._ops": sorted(ROOT.glob("csrc/ops/*.cpp")),
+    "grood_fast._ops": sorted(ROOT.glob("csrc/ops/**/*.cpp")),
     "grood_fast._kernels": sorted(ROOT.glob("csrc/python/*.cpp")),
-}
+}# Of the ops those that say which library they belong to.
+EMULATED_OPS = [
+    path for path in SOURCES["grood_fast._ops"] if "GROOD_FAST_" in path.read_text(encoding="utf-8")
+]
 
 FIND_TORCH = """
 import json, os, torch
@@ -164,7 +167,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
             ) from error
         if not self.emulation and isinstance(cuda, cuda_toolkit.Toolkit) and cuda.is_the_tables:
             logs = [
-                (build / "cuda" / f"{source.stem}.o.log").read_text(encoding="utf-8")
+                (build / "cuda" / "cuda" / f"{source.stem}.o.log").read_text(encoding="utf-8")
                 for source in cuda_toolkit.SOURCES
             ]
             if complaints := cuda_toolkit.over_budget(cuda_toolkit.resources(logs)):
@@ -238,7 +241,10 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
         ]
 
         def compiled(part: str, sources: list[Path], rule: str = "compile") -> list[str]:
-            objects = [escape(build / part / (source.stem + ".o")) for source in sources]
+            objects = [
+                escape(build / part / source.parent.name / (source.stem + ".o"))
+                for source in sources
+            ]
             for source, target_object in zip(sources, objects, strict=True):
                 lines.append(f"build {target_object}: {rule} {escape(source)}")
                 lines.append(f"  flags = {quoted(flags[part])}")
@@ -264,7 +270,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
             lines.append(f"default {escape(output)}")
         emulated = compiled("emulation", sorted(ROOT.glob("csrc/emulation/*.cpp")))
         emulated += compiled("emulated_kernels", cuda_toolkit.SOURCES)
-        emulated += compiled("emulated_ops", SOURCES["grood_fast._ops"])
+        emulated += compiled("emulated_ops", EMULATED_OPS)
         linked("emulation", EMULATED, emulated)
         return "\n".join(lines) + "\n"
 

@@ -10,9 +10,13 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
+#include <initializer_list>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "../kernels/cuda/kernels.h"
 #include "../kernels/kernels.h"
@@ -22,15 +26,18 @@
 // latter as its own ops, for CPU tensors.
 #if defined(GROOD_FAST_EMULATED)
 #define GROOD_FAST_LIBRARY grood_fast_emulated
+#define GROOD_FAST_CUDA_KEY CPU
 #define GROOD_FAST_IMPLEMENT(op, cpu, cuda) \
   STABLE_TORCH_LIBRARY_IMPL(grood_fast_emulated, CPU, m) { m.impl(op, TORCH_BOX(cuda)); }
 #elif defined(GROOD_FAST_CUDA)
 #define GROOD_FAST_LIBRARY grood_fast
+#define GROOD_FAST_CUDA_KEY CUDA
 #define GROOD_FAST_IMPLEMENT(op, cpu, cuda)                                     \
   STABLE_TORCH_LIBRARY_IMPL(grood_fast, CPU, m) { m.impl(op, TORCH_BOX(cpu)); } \
   STABLE_TORCH_LIBRARY_IMPL(grood_fast, CUDA, m) { m.impl(op, TORCH_BOX(cuda)); }
 #else
 #define GROOD_FAST_LIBRARY grood_fast
+#define GROOD_FAST_CUDA_KEY CUDA
 #define GROOD_FAST_IMPLEMENT(op, cpu, cuda) \
   STABLE_TORCH_LIBRARY_IMPL(grood_fast, CPU, m) { m.impl(op, TORCH_BOX(cpu)); }
 #endif
@@ -95,6 +102,10 @@ class Scratch {
   static constexpr std::align_val_t kAlignment{64};
   void* memory_;
 };
+
+inline Tensor in_dtype(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
 
 // The device of an op's tensors, the current one for as long as this lives, and its current stream.
 class CudaDevice {

@@ -136,6 +136,57 @@ struct Product<double> {
   }
 };
 
+// The same of matrices whose columns are multiplied: adds the transpose of a [kDepth, 16] times
+// b [kDepth, kTiles * 8], rows kPitch elements apart.
+template <typename Real>
+struct OuterProduct;
+
+template <>
+struct OuterProduct<float> {
+  template <int kDepth, int kPitch, int kTiles>
+  static __device__ __forceinline__ void add_product(
+      float (&to)[kTiles][4], const float* a, const float* b) {
+    const int g = threadIdx.x % kWarpThreads / 4, t = threadIdx.x % 4;
+    float sum[kTiles][4] = {};
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 8) {
+      std::uint32_t high[4], low[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Split part = Split::of(a[(k + t + i / 2 * 4) * kPitch + g + i % 2 * 8]);
+        high[i] = part.high;
+        low[i] = part.low;
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const float* row = b + (k + t) * kPitch + tile * 8 + g;
+        mma_float32(sum[tile], high, low, Split::of(row[0]), Split::of(row[4 * kPitch]));
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) add(to[tile], sum[tile]);
+  }
+};
+
+template <>
+struct OuterProduct<double> {
+  template <int kDepth, int kPitch, int kTiles>
+  static __device__ __forceinline__ void add_product(
+      double (&to)[kTiles][4], const double* a, const double* b) {
+    const int g = threadIdx.x % kWarpThreads / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 4) {
+      const double upper = a[(k + t) * kPitch + g], lower = a[(k + t) * kPitch + g + 8];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const double row = b[(k + t) * kPitch + tile * 8 + g];
+        mma_float64(to[tile][0], to[tile][1], upper, row);
+        mma_float64(to[tile][2], to[tile][3], lower, row);
+      }
+    }
+  }
+};
+
 // How accumulators p [16, kInner * 8] are multiplied by b [kInner * 8, kTiles * 8] and added to
 // others. A product does not care in which order it takes its inner index: p is used where it lies,
 // with b's rows taken in p's order.
