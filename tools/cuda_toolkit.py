@@ -134,11 +134,12 @@ def resources(logs: Iterable[str]) -> dict[tuple[str, str], Resources]:
                 shared = re.search(r"(\d+) bytes smem", line)
                 found[name, architecture] = Resources(int(used[1]), int(shared[1]) if shared else 0)
                 name = ""
-    readable = _demangled(sorted({name for name, _ in found}))
+    readable = demangled(sorted({name for name, _ in found}))
     return {(readable[name], arch): used for (name, arch), used in sorted(found.items())}
 
 
-def _demangled(names: list[str]) -> dict[str, str]:
+def demangled(names: list[str]) -> dict[str, str]:
+    """Kernels' names as the table has them, by the linker's."""
     if not names:
         return {}
     done = subprocess.run(

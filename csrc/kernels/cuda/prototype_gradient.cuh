@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(Differences<Real>::kThreads)
 }
 
 template <typename Real>
-__global__ void __launch_bounds__(Group<kWarpThreads>::kBlock)
+__global__ void __launch_bounds__(Group<kWarpThreads>::kBlock, 4)
     prototype_weight_kernel(PrototypeGradient a, std::int64_t rows, bool) {
   using Threads = Group<kWarpThreads>;
   const std::int64_t r = Threads::row();
