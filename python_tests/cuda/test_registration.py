@@ -47,6 +47,7 @@ Call = tuple[Callable[..., Any], tuple[Tensor, ...]]
 def _calls(device: str, dtype: torch.dtype) -> dict[str, Call]:
     """Each op with tensors for it on ``device``."""
     real = torch.float64 if dtype == torch.float64 else torch.float32
+    library = torch.ops.grood_fast
 
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -64,6 +65,40 @@ def _calls(device: str, dtype: torch.dtype) -> dict[str, Call]:
         "dual_project": (
             ops.dual_project,
             (zeros(3, 5), zeros(3, 7), zeros(4, 5), zeros(4, 7), zeros(4, 2, dtype=real)),
+        ),
+        "nearest_distance": (
+            lambda *tensors: library.nearest_distance(*tensors, 0.0),
+            (zeros(3, 5), zeros(4, 5), zeros(4, dtype=real)),
+        ),
+        "prototype_gradient": (
+            lambda *tensors: library.prototype_gradient(*tensors, 1.0, False, 1.0),
+            (
+                zeros(3, 5),
+                zeros(5, dtype=real),
+                zeros(4, 5, dtype=real),
+                zeros(4, dtype=real),
+            ),
+        ),
+        "short_circuit_logits": (
+            lambda *tensors: library.short_circuit_logits(*tensors),
+            (
+                zeros(3, 4),
+                zeros(3, 5),
+                zeros(5, 4, dtype=real),
+                zeros(3, 2, dtype=torch.int64),
+            ),
+        ),
+        "cluster_extremes": (
+            lambda *tensors: library.cluster_extremes(*tensors, 3),
+            (zeros(6, dtype=torch.int64), zeros(6)),
+        ),
+        "layer_gradient_sqnorm": (
+            lambda *tensors: library.layer_gradient_sqnorm(*tensors, [0, 1]),
+            (zeros(2, 4, 5), zeros(2, 3, 6)),
+        ),
+        "channel_affine_backward": (
+            lambda *tensors: library.channel_affine_backward(*tensors, None),
+            (zeros(2, 3, 4), zeros(2, 3, 4)),
         ),
     }
 
