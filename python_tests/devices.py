@@ -28,7 +28,8 @@ OPS = tuple(
     sorted(
         name.removeprefix("grood_fast::")
         for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("grood_fast::") and "simd_level" not in name
+        if name.startswith("grood_fast::")
+        and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
     )
 )
 #: What this build of the package was compiled for.

@@ -10,6 +10,7 @@ unreported.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -209,8 +210,8 @@ BUGS = (
 )
 
 
-def run(*command: str | Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Everything printed goes to ``stdout``."""
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Everything printed goes to ``stdout``; the first race ends a program."""
     return subprocess.run(
         [*map(str, command)],
         stdout=subprocess.PIPE,
@@ -218,6 +219,7 @@ def run(*command: str | Path, **settings: str) -> subprocess.CompletedProcess[st
         text=True,
         check=False,
         cwd=ROOT,
+        env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"},
     )
 
 
