@@ -18,7 +18,7 @@ namespace grood_fast::emulation {
 inline constexpr int kWarp = 32;
 inline constexpr int kMaxThreads = 1024;           // in a block
 inline constexpr std::size_t kMaxShared = 232448;  // bytes, of an sm_90 or sm_100 block
-inline constexpr int kMultiprocessors = 4;         // few, so that small grids fill them
+inline constexpr int kMultiprocessors = 2;         // few, so that blocks have several tiles each
 
 struct Index {
   unsigned x = 1, y = 1, z = 1;

@@ -143,7 +143,7 @@ TEST_P(Schedule, DualProject) {
   };
   // Rows a multiple of 16 bytes apart and not; less than a tile and more, in each direction.
   constexpr Sizes kSizes[] = {
-      {1, 1, 1, 1, 1, 0}, {3, 10, 70, 65, 5, 1}, {67, 16, 32, 130, 64, 0}, {5, 8, 16, 40, 150, 0}};
+      {1, 1, 1, 1, 1, 0}, {3, 10, 70, 65, 5, 1}, {67, 16, 32, 130, 64, 0}, {5, 8, 16, 330, 150, 0}};
   for_each_format([&](auto format) {
     using Format = decltype(format);
     using Result = std::conditional_t<Format::kDType == DType::float64, Float64, Float32>;
@@ -224,9 +224,9 @@ TEST_P(Schedule, NearestDistance) {
     using Format = decltype(format);
     using Real = typename Format::Real;
     for (const std::int64_t gap : {0, 1}) {
-      const auto queries = Matrix<Format>::random(67, 40, gap, 1, 1);
-      auto bank = Matrix<Format>::random(257, 40, gap, 1, 2);
-      for (std::int64_t c = 0; c < 40; ++c) bank.set(256, c, queries.at(3, c));  // the last one
+      const auto queries = Matrix<Format>::random(67, 70, gap, 1, 1);
+      auto bank = Matrix<Format>::random(600, 70, gap, 1, 2);
+      for (std::int64_t c = 0; c < 70; ++c) bank.set(599, c, queries.at(3, c));  // the last one
       std::vector<Real> distance(67, Real(kNaN));
       std::vector<std::int64_t> nearest(67, -1);
       cuda::NearestDistanceArguments a{
@@ -234,8 +234,8 @@ TEST_P(Schedule, NearestDistance) {
           queries.elements.data(),
           bank.elements.data(),
           67,
-          257,
-          40,
+          600,
+          70,
           queries.stride,
           bank.stride,
           nullptr,
@@ -251,11 +251,11 @@ TEST_P(Schedule, NearestDistance) {
       expect_done(cuda::nearest_distance(a, nullptr));
       for (std::int64_t i = 0; i < 67; ++i) {
         double least = kInfinity;
-        for (std::int64_t j = 0; j < 257; ++j)
+        for (std::int64_t j = 0; j < 600; ++j)
           least = std::min(least, square_between(queries, i, bank, j));
         const double want = std::sqrt(least);
         expect_close(distance[i], want, kTolerance<Real> * want, "distance");
-        ASSERT_TRUE(nearest[i] >= 0 && nearest[i] < 257);
+        ASSERT_TRUE(nearest[i] >= 0 && nearest[i] < 600);
         const double chosen = std::sqrt(square_between(queries, i, bank, nearest[i]));
         expect_close(distance[i], chosen, kTolerance<Real> * want, "distance of the chosen");
       }
