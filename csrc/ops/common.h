@@ -103,10 +103,6 @@ class Scratch {
   void* memory_;
 };
 
-inline Tensor in_dtype(const Tensor& tensor, ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
-}
-
 // The device of an op's tensors, the current one for as long as this lives, and its current stream.
 class CudaDevice {
  public:

@@ -1,7 +1,7 @@
 // grood_fast::channel_affine_backward on CUDA tensors.
 #if defined(GROOD_FAST_CUDA) || defined(GROOD_FAST_EMULATED)
 
-#include "../common.h"
+#include "../products.h"
 
 namespace grood_fast::ops {
 namespace {

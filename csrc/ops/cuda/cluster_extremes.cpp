@@ -1,7 +1,7 @@
 // grood_fast::cluster_extremes on CUDA tensors.
 #if defined(GROOD_FAST_CUDA) || defined(GROOD_FAST_EMULATED)
 
-#include "../common.h"
+#include "../products.h"
 
 namespace grood_fast::ops {
 namespace {
@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> cluster_extremes(
   const ScalarType real = real_of(dtype_of(energies_in, "energies"));
   const CudaDevice device(assignments_in, {&energies_in});
   const Tensor assignments = torch::stable::contiguous(assignments_in);
-  const Tensor energies = torch::stable::contiguous(in_dtype(energies_in, real));
+  const Tensor energies = torch::stable::contiguous(as_real(energies_in, real));
   const Tensor lowest = torch::stable::new_empty(assignments, {clusters});   // [K]
   const Tensor highest = torch::stable::new_empty(assignments, {clusters});  // [K]
   const Tensor extremes = torch::stable::new_empty(assignments, {2, clusters});

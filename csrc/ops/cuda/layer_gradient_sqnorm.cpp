@@ -1,7 +1,7 @@
 // grood_fast::layer_gradient_sqnorm on CUDA tensors.
 #if defined(GROOD_FAST_CUDA) || defined(GROOD_FAST_EMULATED)
 
-#include "../common.h"
+#include "../products.h"
 
 namespace grood_fast::ops {
 namespace {
@@ -36,8 +36,8 @@ Tensor layer_gradient_sqnorm(
   const Tensor result = torch::stable::new_zeros(
       delta_in, {delta_in.size(0)}, std::optional<ScalarType>(real));  // [B]
   if (delta_in.numel() == 0 || activation_in.numel() == 0) return result;
-  const Tensor activation = unit_last_stride(in_dtype(activation_in, real));
-  const Tensor delta = unit_last_stride(in_dtype(delta_in, real));
+  const Tensor activation = unit_last_stride(as_real(activation_in, real));
+  const Tensor delta = unit_last_stride(as_real(delta_in, real));
   cuda::LayerGradientSqnormArguments arguments{
       dtype_of(delta, "delta"),
       activation.const_data_ptr(),

@@ -1,7 +1,7 @@
 // grood_fast::nearest_distance on CUDA tensors.
 #if defined(GROOD_FAST_CUDA) || defined(GROOD_FAST_EMULATED)
 
-#include "../common.h"
+#include "../products.h"
 
 namespace grood_fast::ops {
 namespace {
@@ -33,8 +33,8 @@ std::tuple<Tensor, Tensor> nearest_distance(
   const bool as_they_are =
       real == ScalarType::Float && given != ScalarType::Double && queries_in.scalar_type() == given;
   const ScalarType type = as_they_are ? given : real;
-  const Tensor queries = unit_column_stride(in_dtype(queries_in, type));
-  const Tensor bank = unit_column_stride(in_dtype(bank_in, type));
+  const Tensor queries = unit_column_stride(as_real(queries_in, type));
+  const Tensor bank = unit_column_stride(as_real(bank_in, type));
   const auto index_type = std::optional<ScalarType>(ScalarType::Long);
   const Tensor distance = torch::stable::new_empty(bank_norms, {batch});             // [B]
   const Tensor nearest = torch::stable::new_empty(bank_norms, {batch}, index_type);  // [B]

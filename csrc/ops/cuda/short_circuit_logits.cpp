@@ -1,7 +1,7 @@
 // grood_fast::short_circuit_logits on CUDA tensors.
 #if defined(GROOD_FAST_CUDA) || defined(GROOD_FAST_EMULATED)
 
-#include "../common.h"
+#include "../products.h"
 
 namespace grood_fast::ops {
 namespace {
@@ -32,7 +32,7 @@ Tensor short_circuit_logits(
   STD_TORCH_CHECK(removed_in.scalar_type() == ScalarType::Long, "removed must be int64");
   const CudaDevice device(weight_t, {&logits, &features, &removed_in});
   const Tensor removed = torch::stable::contiguous(removed_in);
-  const Tensor h = torch::stable::contiguous(in_dtype(features, real));
+  const Tensor h = torch::stable::contiguous(as_real(features, real));
   const Tensor w = torch::stable::contiguous(weight_t);
   Tensor result = torch::stable::new_empty(weight_t, {batch, classes});  // [B, C]
   torch::stable::copy_(result, logits);
