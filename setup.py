@@ -43,7 +43,7 @@ EMULATED = ROOT / "build" / "emulation" / "_ops.so"  # for tests: the CUDA kerne
 SOURCES = {  # beside the kernels, which are in both
     "grood_fast._ops": sorted(ROOT.glob("csrc/ops/**/*.cpp")),
     "grood_fast._kernels": sorted(ROOT.glob("csrc/python/*.cpp")),
-}# Of the ops those that say which library they belong to.
+}  # Of the ops those that say which library they belong to.
 EMULATED_OPS = [
     path for path in SOURCES["grood_fast._ops"] if "GROOD_FAST_" in path.read_text(encoding="utf-8")
 ]

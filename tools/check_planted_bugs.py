@@ -246,7 +246,7 @@ def planted(bug: Bug | None, unit: str, preset: str, folder: Path) -> Path:
     compiler = cache.get("CMAKE_CXX_COMPILER", "c++")
     compiled, program = folder / "kernels.o", folder / "tests"
     tests = (build / "CMakeFiles/grood_fast_cuda_tests.dir/csrc/tests/cuda").glob("*.o")
-    steps = [
+    steps: list[list[str | Path]] = [
         [compiler, "-std=c++20", "-O1", "-g1", "-fno-strict-aliasing", "-w", *flags,
          f"-I{source}", f"-I{source / 'kernels'}", "-xc++", "-c",
          folder / KERNELS / unit, "-o", compiled],

@@ -160,19 +160,22 @@ def call(case: Case, device: str) -> Call:
 
     op = getattr(torch.ops.grood_fast, case.op)
     name = case.op
+    plain: Callable[..., Any]
     if name == "logit_gradient":
         arguments: tuple[Any, ...] = (normal(s["B"], s["C"]), 1, 1.0, None, 0b10001001)
 
-        def plain(logits: Tensor, *_: Any) -> Any:
+        def plain_1(logits: Tensor, *_: Any) -> Any:
             delta = reference.logit_gradient(logits.float(), "uniform")
             return reference.energy(logits.float()), reference.row_norm(delta, "l1"), delta
 
+        plain = plain_1
     elif name == "head_gradient_norm":
         arguments = (normal(s["B"], s["C"]), normal(s["B"], s["D"]), 1, 1.0, None, 0, False)
 
-        def plain(logits: Tensor, features: Tensor, *_: Any) -> Any:
+        def plain_2(logits: Tensor, features: Tensor, *_: Any) -> Any:
             return reference.head_gradient_norm(logits.float(), features.float(), "uniform")
 
+        plain = plain_2
     elif name == "dual_project":
         b, c, d, n, k = s.values()
         arguments = (
@@ -180,25 +183,29 @@ def call(case: Case, device: str) -> Call:
             normal(n, k, dtype=torch.float32), 1.0,
         )  # fmt: skip
 
-        def plain(*operands: Any) -> Any:
-            return reference.dual_project(*(one.float() for one in operands[:5]), operands[5])
+        def plain_3(*operands: Any) -> Any:
+            d, h, da, ha, a = (one.float() for one in operands[:5])
+            return reference.dual_project(d, h, da, ha, a, operands[5])
 
+        plain = plain_3
     elif name == "nearest_distance":
         bank = normal(s["N"], s["D"])
         arguments = (normal(s["B"], s["D"]), bank, bank.float().norm(dim=1), 0.0)
 
-        def plain(queries: Tensor, bank: Tensor, *_: Any) -> Any:
+        def plain_4(queries: Tensor, bank: Tensor, *_: Any) -> Any:
             return torch.cdist(queries.float(), bank.float()).min(dim=1)
 
+        plain = plain_4
     elif name == "prototype_gradient":
         offsets = normal(s["C"], s["D"])
         arguments = (
             normal(s["B"], s["D"]), normal(s["D"]), offsets, offsets.norm(dim=1), 1.0, False, 1.0,
         )  # fmt: skip
 
-        def plain(features: Tensor, point: Tensor, offsets: Tensor, *_: Any) -> Any:
+        def plain_5(features: Tensor, point: Tensor, offsets: Tensor, *_: Any) -> Any:
             return reference.prototype_gradient(features, point, offsets)
 
+        plain = plain_5
     elif name == "short_circuit_logits":
         b, d, c, k = s.values()
         arguments = (normal(b, c), normal(b, d), normal(d, c), whole(d, b, k))

@@ -67,17 +67,18 @@ class Cuda:
         times = []
         for _ in range(50):
             flush.zero_()
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             start.record()
             function()
             stop.record()
             stop.synchronize()
             times.append(start.elapsed_time(stop))
-        return statistics.median(times)
+        return float(statistics.median(times))
 
     def replay(self, function: Callable[[], Any], change: Callable[[], None]) -> Any:
         """What a captured graph of ``function`` gives after its inputs were changed."""
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             function()
@@ -92,10 +93,10 @@ class Cuda:
 
     def on_stream(self, function: Callable[[], Any], change: Callable[[], None]) -> Any:
         """What ``function`` gives on another stream, right behind a slow change of its inputs."""
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            torch.cuda._sleep(20_000_000)
+            torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
             change()
             results = function()
         side.synchronize()
@@ -113,7 +114,8 @@ class Emulated(Cuda):
     scale = DRY_RUN_SCALE
 
     def kernels(self) -> AbstractContextManager[None]:
-        return kernels_of("emulated")
+        running: AbstractContextManager[None] = kernels_of("emulated")
+        return running
 
     def describe(self) -> str:
         return f"the emulated device (a dry run, no GPU), torch {torch.__version__}"
