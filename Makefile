@@ -15,17 +15,18 @@ MODELS := timm==1.0.22 transformers==5.24.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo demo-train greg-study test test-cpp bench lint format check-install check-aarch64 clean
+.PHONY: help setup demo demo-train greg-study test test-cpp cuda-check cuda-report gpu-check bench lint \
+  format check-install check-aarch64 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 setup: $(READY)  ## create .venv with torch, the package (editable) and every tool
 
-$(READY): Makefile pyproject.toml setup.py $(SOURCES)
+$(READY): Makefile pyproject.toml setup.py tools/cuda_toolkit.py $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "grood-fast needs Python 3.10 or later; name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@for cxx in $$CXX c++ g++ clang++; do command -v $$cxx >/dev/null && exit 0; done; \
@@ -60,6 +61,28 @@ test-cpp: setup  ## the C++ tests; PRESETS="debug release asan-ubsan tsan" for m
 	@set -e; for preset in $(PRESETS); do \
 	  cmake --preset $$preset; cmake --build --preset $$preset; ctest --preset $$preset; \
 	done
+
+cuda-check: setup  ## the CUDA kernels without a GPU: races, bounds, planted bugs, the GPU check's dry run
+	@if echo '#include <gtest/gtest.h>' | $${CXX:-c++} -E -x c++ - >/dev/null 2>&1; then \
+	  set -e; for preset in tsan asan-ubsan; do \
+	    cmake --preset $$preset; \
+	    cmake --build --preset $$preset --target grood_fast_cuda_tests; \
+	    build/$$preset/grood_fast_cuda_tests --gtest_brief=1; \
+	  done; \
+	  $(BIN)/python tools/check_planted_bugs.py; \
+	else \
+	  echo "Races and planted bugs not checked: that needs GoogleTest (apt install libgtest-dev)."; \
+	fi
+	@$(BIN)/python -c 'import sys; sys.path.insert(0, "tools"); import cuda_toolkit; \
+	  print("compiled with", cuda_toolkit.find().nvcc)' 2>/dev/null || \
+	  echo "Machine code not checked: there is no nvcc here."
+	$(BIN)/python tools/gpu_check.py --device emulated --report build/gpu-report-dry-run.md
+
+cuda-report: setup  ## what the CUDA kernels take, and a prediction (nothing is run) of their times
+	$(BIN)/python tools/cuda_report.py
+
+gpu-check: setup  ## on a machine with a GPU: test, compare and time the CUDA kernels, write a report
+	$(BIN)/python tools/gpu_check.py
 
 bench: setup  ## the benchmarks, on an otherwise idle machine
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -1,5 +1,8 @@
 """Builds the two extensions with ninja: `_ops.so`, the torch ops, and `_kernels`, the NumPy side.
 
+Where there is an nvcc, `_ops.so` holds the CUDA kernels too, whatever torch it is compiled against:
+GROOD_FAST_CUDA=0 leaves them out, =1 insists on them, =auto, the default, takes what there is.
+
 The torch ops use LibTorch's stable ABI only, so one binary serves every torch from the version
 below on, and torch is needed for its headers and link libraries alone. They are taken from the
 torch that is *installed* for this interpreter, also when pip builds in an isolated environment.
@@ -29,13 +32,21 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # or it trips over pyproject
     )
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+import cuda_toolkit  # noqa: E402
+
 TORCH_TARGET = (2, 13)  # the oldest torch the stable ABI is used of
 
 KERNELS = sorted(ROOT.glob("csrc/kernels/cpu/*.cpp"))
+EMULATION_FLAGS = ["-DGROOD_FAST_EMULATED", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+EMULATED = ROOT / "build" / "emulation" / "_ops.so"  # for tests: the CUDA kernels, for CPU tensors
 SOURCES = {  # beside the kernels, which are in both
-    "grood_fast._ops": sorted(ROOT.glob("csrc/ops/*.cpp")),
+    "grood_fast._ops": sorted(ROOT.glob("csrc/ops/**/*.cpp")),
     "grood_fast._kernels": sorted(ROOT.glob("csrc/python/*.cpp")),
-}
+}  # Of the ops those that say which library they belong to.
+EMULATED_OPS = [
+    path for path in SOURCES["grood_fast._ops"] if "GROOD_FAST_" in path.read_text(encoding="utf-8")
+]
 
 FIND_TORCH = """
 import json, os, torch
@@ -83,6 +94,25 @@ def compiler() -> list[str]:
     )
 
 
+def toolkit() -> cuda_toolkit.Toolkit | str:
+    """The nvcc to compile the CUDA kernels with, or why they are left out."""
+    wanted = os.environ.get("GROOD_FAST_CUDA", "auto") or "auto"
+    if wanted not in ("0", "1", "auto"):
+        raise PlatformError(f"grood-fast: GROOD_FAST_CUDA must be 0, 1 or auto, got {wanted!r}.")
+    if wanted == "0":
+        return "GROOD_FAST_CUDA=0"
+    try:
+        return cuda_toolkit.find()
+    except cuda_toolkit.NoToolkit as missing:
+        if wanted == "1":
+            raise PlatformError(
+                f"grood-fast: GROOD_FAST_CUDA=1, but {missing}: install CUDA, or pip install "
+                "nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime "
+                "nvidia-cuda-cccl (of one CUDA release)."
+            ) from None
+        return str(missing)
+
+
 class Metadata(dist_info):  # type: ignore[misc]
     """Misses what the build will need before pip downloads dependencies: gigabytes, with torch."""
 
@@ -95,6 +125,20 @@ class Metadata(dist_info):  # type: ignore[misc]
 class NinjaBuild(build_ext):  # type: ignore[misc]
     """Writes one ninja file for both extensions and runs it."""
 
+    user_options = [  # noqa: RUF012
+        *build_ext.user_options,
+        (
+            "emulation",
+            None,
+            "build the ops with the CUDA kernels on the emulated device, for tests",
+        ),
+    ]
+    boolean_options = [*build_ext.boolean_options, "emulation"]  # noqa: RUF012
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.emulation = False
+
     def get_ext_filename(self, fullname: str) -> str:
         *package, name = fullname.split(".")
         if name == "_ops":  # no Python in it: no interpreter's tag
@@ -102,39 +146,68 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
         return str(super().get_ext_filename(fullname))
 
     def build_extensions(self) -> None:
-        cxx, torch = compiler(), installed_torch()
+        cxx, torch, cuda = compiler(), installed_torch(), toolkit()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         compiling = f"grood-fast: compiling with {cxx[0]} against torch {torch['version']}"
+        if self.emulation:
+            compiling += ", the CUDA kernels for the emulated device"
+        elif isinstance(cuda, str):
+            compiling += f", for the CPU only ({cuda})"
+        else:
+            compiling += f", the CUDA kernels with {cuda.nvcc}"
         self.announce(compiling, level=2)
-        (build / "build.ninja").write_text(self.ninja_file(cxx, torch, build))
+        (build / "build.ninja").write_text(self.ninja_file(cxx, torch, cuda, build))
+        targets = [str(EMULATED)] if self.emulation else []
         try:
-            subprocess.run([ninja(), "-C", str(build), *jobs()], check=True)
+            subprocess.run([ninja(), "-C", str(build), *jobs(), *targets], check=True)
         except subprocess.CalledProcessError as error:
             raise CompileError(
-                "grood-fast: the C++ compiler refused the sources; its messages stand above."
+                "grood-fast: the compiler refused the sources; its messages stand above."
             ) from error
+        if not self.emulation and isinstance(cuda, cuda_toolkit.Toolkit) and cuda.is_the_tables:
+            logs = [
+                (build / "cuda" / "cuda" / f"{source.stem}.o.log").read_text(encoding="utf-8")
+                for source in cuda_toolkit.SOURCES
+            ]
+            if complaints := cuda_toolkit.over_budget(cuda_toolkit.resources(logs)):
+                raise CompileError(
+                    "grood-fast: kernels take more than "
+                    "csrc/kernels/cuda/resources.csv allows:\n  " + "\n  ".join(complaints)
+                )
 
-    def ninja_file(self, cxx: list[str], torch: dict[str, str], build: Path) -> str:
+    def ninja_file(
+        self,
+        cxx: list[str],
+        torch: dict[str, str],
+        cuda: cuda_toolkit.Toolkit | str,
+        build: Path,
+    ) -> str:
         version = subprocess.run([*cxx, "--version"], capture_output=True, text=True, check=False)
         facts = {
             "GROOD_FAST_VERSION": self.distribution.get_version(),
             "GROOD_FAST_COMPILER": (version.stdout.splitlines() or [cxx[0]])[0].strip(),
             "GROOD_FAST_TORCH_VERSION": torch["version"],
         }
+        compiled_for = [] if isinstance(cuda, str) else cuda_toolkit.ARCHITECTURES
+        facts["GROOD_FAST_CUDA_ARCHITECTURES"] = " ".join(compiled_for)
         defines = [f'-D{key}="{value}"' for key, value in facts.items()]
         target = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000ULL"
         common = ["-std=c++20", "-O3", "-fno-math-errno", "-g0", "-fPIC", "-fvisibility=hidden"]
         common += ["-Wall", "-Wextra", "-Wno-psabi"]
+        stable = [
+            *common,
+            "-DTORCH_STABLE_ONLY",
+            f"-DTORCH_TARGET_VERSION={target}",
+            f"-isystem{torch['root']}/include",
+            f"-isystem{torch['root']}/include/torch/csrc/api/include",
+        ]
         flags = {
             "kernels": common,
-            "grood_fast._ops": [
-                *common,
-                "-DTORCH_STABLE_ONLY",
-                f"-DTORCH_TARGET_VERSION={target}",
-                f"-isystem{torch['root']}/include",
-                f"-isystem{torch['root']}/include/torch/csrc/api/include",
-            ],
+            "grood_fast._ops": [*stable, *(["-DGROOD_FAST_CUDA"] if compiled_for else [])],
+            "emulated_ops": [*stable, *EMULATION_FLAGS],
+            "emulation": [*common, *EMULATION_FLAGS],
+            "emulated_kernels": [*common, *EMULATION_FLAGS, "-xc++"],
             "grood_fast._kernels": [
                 *common,
                 *defines,
@@ -146,6 +219,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
         links = {
             "grood_fast._ops": [f"-L{torch['root']}/lib", "-lc10", "-ltorch_cpu"],
             "grood_fast._kernels": undefined,
+            "emulation": [f"-L{torch['root']}/lib", "-lc10", "-ltorch_cpu"],
         }
         run = " ".join(shlex.quote(word).replace("$", "$$") for word in cxx)
         lines = [
@@ -154,26 +228,50 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $in",
+            "rule compile_cuda",
+            # ptxas says what each kernel takes, for the table of budgets; aloud only if it failed.
+            "  command = $nvcc -MD -MF $out.d $flags -c $in -o $out 2> $out.log"
+            " || { cat $out.log >&2; exit 1; }",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $in",
             "rule link",
             f"  command = {run} -shared -o $out $in $flags",
             "  description = link $out",
         ]
 
-        def compiled(part: str, sources: list[Path]) -> list[str]:
-            objects = [escape(build / part / (source.stem + ".o")) for source in sources]
+        def compiled(part: str, sources: list[Path], rule: str = "compile") -> list[str]:
+            objects = [
+                escape(build / part / source.parent.name / (source.stem + ".o"))
+                for source in sources
+            ]
             for source, target_object in zip(sources, objects, strict=True):
-                lines.append(f"build {target_object}: compile {escape(source)}")
+                lines.append(f"build {target_object}: {rule} {escape(source)}")
                 lines.append(f"  flags = {quoted(flags[part])}")
             return objects
 
+        def linked(name: str, output: Path, objects: list[str]) -> None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            lines.append(f"build {escape(output)}: link {' '.join(objects)}")
+            lines.append(f"  flags = {quoted(links[name])}")
+
         kernels = compiled("kernels", KERNELS)
+        cuda_kernels = []
+        if isinstance(cuda, cuda_toolkit.Toolkit):
+            lines.append(f"nvcc = {shlex.quote(str(cuda.nvcc))} -ccbin {shlex.quote(cxx[0])}")
+            flags["cuda"] = cuda.compile_flags()
+            links["grood_fast._ops"] += cuda.link_flags()
+            cuda_kernels = compiled("cuda", cuda_toolkit.SOURCES, "compile_cuda")
         for extension in self.extensions:
             name = extension.name
             objects = kernels + compiled(name, SOURCES[name])
             output = Path(self.get_ext_fullpath(name)).resolve()
-            output.parent.mkdir(parents=True, exist_ok=True)
-            lines.append(f"build {escape(output)}: link {' '.join(objects)}")
-            lines.append(f"  flags = {quoted(links[name])}")
+            linked(name, output, objects + (cuda_kernels if name == "grood_fast._ops" else []))
+            lines.append(f"default {escape(output)}")
+        emulated = compiled("emulation", sorted(ROOT.glob("csrc/emulation/*.cpp")))
+        emulated += compiled("emulated_kernels", cuda_toolkit.SOURCES)
+        emulated += compiled("emulated_ops", EMULATED_OPS)
+        linked("emulation", EMULATED, emulated)
         return "\n".join(lines) + "\n"
 
 

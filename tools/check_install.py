@@ -27,6 +27,8 @@ NOT_SOURCE = shutil.ignore_patterns(
     ".*", "build", "dist", "out", "*.so", "*.egg-info", "__pycache__"
 )
 BUILD_TOOLS = ["setuptools>=77", "ninja>=1.11", "pybind11>=2.13"]  # pyproject.toml's [build-system]
+NVCC = ["nvidia-cuda-nvcc==13.0.88", "nvidia-cuda-crt==13.0.88", "nvidia-nvvm==13.0.88",
+        "nvidia-cuda-runtime==13.0.96", "nvidia-cuda-cccl==13.0.85"]  # fmt: skip
 DEPENDENCIES = ["numpy", "scikit-learn", "safetensors", "tqdm"]
 
 # Runs in the environment under test, away from the source tree, and prints one JSON object.
@@ -58,6 +60,17 @@ print(json.dumps({"torch": torch.__version__, "facts": _kernels.build_facts(),
                   "error": max(errors), "results": results}))
 """
 
+# Every op that has a CPU kernel has a CUDA kernel.
+REGISTERED = """
+import torch
+from grood_fast import ops
+names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("grood_fast::")]
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+missing = [n for n in names if has(n, "CPU") and "simd" not in n and not has(n, "CUDA")]
+assert not missing, missing
+print(sum(has(n, "CUDA") and "simd" not in n for n in names), "ops have CUDA kernels")
+"""
+
 
 class CheckFailed(Exception):
     """What a check set out to prove is not so."""
@@ -82,7 +95,15 @@ class Environment:
         self.bin = folder / "venv" / "bin"
         # Beside the usual: no folder that holds nvcc, and no say of CUDA's or the compiler's.
         kept = [p for p in os.get_exec_path() if not (Path(p) / "nvcc").exists()]
-        ignored = ("CUDA_HOME", "CUDA_PATH", "CXX", "PYTHONPATH", "VIRTUAL_ENV", "GROOD_FAST_SIMD")
+        ignored = (
+            "CUDA_HOME",
+            "CUDA_PATH",
+            "GROOD_FAST_CUDA",
+            "CXX",
+            "PYTHONPATH",
+            "VIRTUAL_ENV",
+            "GROOD_FAST_SIMD",
+        )
         self.variables = {k: v for k, v in os.environ.items() if k not in ignored}
         self.variables["PATH"] = os.pathsep.join([str(self.bin), *kept])
         shutil.copytree(ROOT, self.source, ignore=NOT_SOURCE)
@@ -140,6 +161,26 @@ def cpu_only(environment: Environment) -> str:
     architectures = facts["cuda_architectures"]
     require(architectures == [], f"build facts name CUDA architectures: {architectures}")
     return f"CPU only: {', '.join(facts['simd_levels_compiled'])}; CUDA architectures: none"
+
+
+def without_nvcc(environment: Environment) -> str:
+    return environment.refusal(
+        "install", "--no-build-isolation", "--force-reinstall", "--no-deps", environment.source,
+        GROOD_FAST_CUDA="1",
+    )  # fmt: skip
+
+
+def with_nvcc(environment: Environment) -> str:
+    """The CUDA kernels in a build against a torch for the CPU, by an nvcc that pip installed."""
+    environment.pip("install", *NVCC)
+    environment.pip(
+        "install", "--no-build-isolation", "--force-reinstall", "--no-deps", environment.source
+    )
+    architectures = environment.probe()["facts"]["cuda_architectures"]
+    require(architectures == ["sm_80", "sm_90", "sm_100"], f"compiled for {architectures}")
+    code, output = environment.run("python", "-c", REGISTERED)
+    require(code == 0, f"not every op has a CUDA kernel:\n{output}")
+    return f"compiled for {', '.join(architectures)}; {output.strip()}"
 
 
 def isolated_install(environment: Environment, torch: str) -> str:
@@ -220,6 +261,8 @@ def main() -> int:
         )
         check("without nvcc", lambda: cpu_only(environment("plain")))
         check("without a compiler", lambda: without_compiler(environment("plain")))
+        check("GROOD_FAST_CUDA=1 without nvcc", lambda: without_nvcc(environment("plain")))
+        check("with nvcc", lambda: with_nvcc(environment("plain")))
         check(
             "pip install . (isolated)",
             lambda: isolated_install(environment("isolated"), options.torch),

@@ -1,6 +1,8 @@
-// What every op shares: the stable ABI's headers, argument checks, dtypes, allocation, threads.
+// What every op shares: the stable ABI's headers, registration, argument checks, dtypes,
+// allocation, threads, and the CUDA device.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,11 +10,37 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
+#include <initializer_list>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
+#include <tuple>
+#include <vector>
 
+#include "../kernels/cuda/kernels.h"
 #include "../kernels/kernels.h"
+
+// Registers an op's function for CPU tensors and, where the CUDA kernels were compiled, the one for
+// CUDA tensors. The library for tests that has the kernels on the emulated device registers the
+// latter as its own ops, for CPU tensors.
+#if defined(GROOD_FAST_EMULATED)
+#define GROOD_FAST_LIBRARY grood_fast_emulated
+#define GROOD_FAST_CUDA_KEY CPU
+#define GROOD_FAST_IMPLEMENT(op, cpu, cuda) \
+  STABLE_TORCH_LIBRARY_IMPL(grood_fast_emulated, CPU, m) { m.impl(op, TORCH_BOX(cuda)); }
+#elif defined(GROOD_FAST_CUDA)
+#define GROOD_FAST_LIBRARY grood_fast
+#define GROOD_FAST_CUDA_KEY CUDA
+#define GROOD_FAST_IMPLEMENT(op, cpu, cuda)                                     \
+  STABLE_TORCH_LIBRARY_IMPL(grood_fast, CPU, m) { m.impl(op, TORCH_BOX(cpu)); } \
+  STABLE_TORCH_LIBRARY_IMPL(grood_fast, CUDA, m) { m.impl(op, TORCH_BOX(cuda)); }
+#else
+#define GROOD_FAST_LIBRARY grood_fast
+#define GROOD_FAST_CUDA_KEY CUDA
+#define GROOD_FAST_IMPLEMENT(op, cpu, cuda) \
+  STABLE_TORCH_LIBRARY_IMPL(grood_fast, CPU, m) { m.impl(op, TORCH_BOX(cpu)); }
+#endif
 
 namespace grood_fast::ops {
 
@@ -73,6 +101,37 @@ class Scratch {
  private:
   static constexpr std::align_val_t kAlignment{64};
   void* memory_;
+};
+
+// The device of an op's tensors, the current one for as long as this lives, and its current stream.
+class CudaDevice {
+ public:
+#if defined(GROOD_FAST_EMULATED)
+  CudaDevice(const Tensor&, std::initializer_list<const Tensor*>) {}
+  void* stream() const { return nullptr; }
+#else
+  CudaDevice(const Tensor& tensor, std::initializer_list<const Tensor*> others)
+      : guard_(tensor.get_device_index()), index_(tensor.get_device_index()) {
+    for (const Tensor* other : others)
+      STD_TORCH_CHECK(
+          other == nullptr || (other->is_cuda() && other->get_device_index() == index_),
+          "all tensors must be on the same CUDA device, number ", index_);
+  }
+  void* stream() const {
+    return torch::stable::accelerator::getCurrentStream(index_).nativeHandle();
+  }
+#endif
+
+  // `error`: what a launcher returned.
+  static void check(const char* error, const char* op) {
+    STD_TORCH_CHECK(error == nullptr, "grood_fast::", op, ": the CUDA device refused: ", error);
+  }
+
+#if !defined(GROOD_FAST_EMULATED)
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  int32_t index_;
+#endif
 };
 
 // Checks of the arguments both logit ops have; fills what describes the input.

@@ -58,20 +58,18 @@ void add(void* total, const void* part, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
-Tensor dual_project(
+void check(
     const Tensor& delta,            // [B, C]
     const Tensor& features,         // [B, D]
     const Tensor& anchor_delta,     // [N, C]
     const Tensor& anchor_features,  // [N, D]
-    const Tensor& coefficients,     // [N, K]
-    double bias) {
+    const Tensor& coefficients) {   // [N, K]
   check_matrix(delta, "delta", "(B, C)");
   check_matrix(features, "features", "(B, D)");
   check_matrix(anchor_delta, "anchor_delta", "(N, C)");
   check_matrix(anchor_features, "anchor_features", "(N, D)");
   check_matrix(coefficients, "coefficients", "(N, K)");
   const int64_t batch = delta.size(0), anchors = anchor_delta.size(0);
-  const int64_t components = coefficients.size(1);
   STD_TORCH_CHECK(
       features.size(0) == batch, "delta and features must have the same number of rows, got ",
       batch, " and ", features.size(0));
@@ -83,11 +81,19 @@ Tensor dual_project(
       delta.size(1) == anchor_delta.size(1) && features.size(1) == anchor_features.size(1),
       "anchors must have as many columns as delta and features: ", delta.size(1), " and ",
       features.size(1), ", got ", anchor_delta.size(1), " and ", anchor_features.size(1));
-  const DType dtype = real_dtype_of(coefficients, "coefficients");
-  const ScalarType real = coefficients.scalar_type();
+  real_dtype_of(coefficients, "coefficients");
   for (const Tensor* operand : {&delta, &features, &anchor_delta, &anchor_features})
     dtype_of(*operand, "delta, features and their anchors");
+}
 
+[[maybe_unused]] Tensor on_cpu(
+    const Tensor& delta, const Tensor& features, const Tensor& anchor_delta,
+    const Tensor& anchor_features, const Tensor& coefficients, double bias) {
+  check(delta, features, anchor_delta, anchor_features, coefficients);
+  const int64_t batch = delta.size(0), anchors = anchor_delta.size(0);
+  const int64_t components = coefficients.size(1);
+  const DType dtype = dtype_of(coefficients, "coefficients");
+  const ScalarType real = coefficients.scalar_type();
   Tensor result = torch::stable::new_zeros(coefficients, {batch, components});  // [B, K]
   if (result.numel() == 0 || anchors == 0) return result;
   const Rows d{delta}, h{features}, da{anchor_delta}, ha{anchor_features}, a{coefficients};
@@ -139,14 +145,65 @@ Tensor dual_project(
   return result;
 }
 
+[[maybe_unused]] Tensor on_cuda(
+    const Tensor& delta, const Tensor& features, const Tensor& anchor_delta,
+    const Tensor& anchor_features, const Tensor& coefficients, double bias) {
+  check(delta, features, anchor_delta, anchor_features, coefficients);
+  const int64_t batch = delta.size(0), anchors = anchor_delta.size(0);
+  const int64_t components = coefficients.size(1);
+  const CudaDevice device(coefficients, {&delta, &features, &anchor_delta, &anchor_features});
+  const Tensor result = torch::stable::new_zeros(coefficients, {batch, components});  // [B, K]
+  if (result.numel() == 0 || anchors == 0) return result;
+  // Half-precision operands are multiplied as they are, if all of them are of one kind.
+  const ScalarType real = coefficients.scalar_type();
+  const Tensor* const operands[] = {&delta, &features, &anchor_delta, &anchor_features};
+  const bool as_they_are =
+      real == ScalarType::Float && delta.scalar_type() != ScalarType::Double &&
+      std::all_of(std::begin(operands), std::end(operands), [&](const Tensor* operand) {
+        return operand->scalar_type() == delta.scalar_type();
+      });
+  const auto as_operand = [&](const Tensor& matrix) {
+    return unit_column_stride(
+        as_they_are || matrix.scalar_type() == real ? matrix : torch::stable::to(matrix, real));
+  };
+  const Tensor d = as_operand(delta), h = as_operand(features);
+  const Tensor da = as_operand(anchor_delta), ha = as_operand(anchor_features);
+  const Tensor a = unit_column_stride(coefficients);
+  cuda::DualProjectArguments arguments{
+      dtype_of(d, "delta"),
+      d.const_data_ptr(),
+      h.const_data_ptr(),
+      da.const_data_ptr(),
+      ha.const_data_ptr(),
+      a.const_data_ptr(),
+      batch,
+      d.size(1),
+      h.size(1),
+      anchors,
+      components,
+      d.stride(0),
+      h.stride(0),
+      da.stride(0),
+      ha.stride(0),
+      a.stride(0),
+      bias,
+      nullptr,
+      result.mutable_data_ptr()};
+  const Tensor parts = torch::stable::new_empty(
+      coefficients, {cuda::dual_project_parts(arguments), batch, components});
+  arguments.parts = parts.mutable_data_ptr();
+  device.check(cuda::dual_project(arguments, device.stream()), "dual_project");
+  return result;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(grood_fast, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(GROOD_FAST_LIBRARY, m) {
   m.def(
       "dual_project(Tensor delta, Tensor features, Tensor anchor_delta, Tensor anchor_features,"
       " Tensor coefficients, float bias) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(grood_fast, CPU, m) { m.impl("dual_project", TORCH_BOX(&dual_project)); }
+GROOD_FAST_IMPLEMENT("dual_project", &on_cpu, &on_cuda)
 
 }  // namespace grood_fast::ops

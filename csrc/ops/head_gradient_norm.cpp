@@ -5,6 +5,29 @@
 namespace grood_fast::ops {
 namespace {
 
+[[maybe_unused]] void on_cpu(
+    const LogitGradientArguments& logit_gradient, const RowNormArguments& row_norm,
+    const Tensor& logits, const Tensor&, const Tensor*) {
+  const int64_t grain = rows_per_task(logit_gradient.classes, row_norm.columns);
+  torch::stable::parallel_for(0, logits.size(0), grain, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(logit_gradient_scratch_bytes(logit_gradient.classes));
+    LogitGradientArguments mine = logit_gradient;
+    mine.scratch = scratch.get();
+    grood_fast::logit_gradient(mine, begin, end);
+    multiply_row_norm(row_norm, begin, end);
+  });
+}
+
+[[maybe_unused]] void on_cuda(
+    const LogitGradientArguments& logit_gradient, const RowNormArguments& row_norm,
+    const Tensor& logits, const Tensor& features, const Tensor* target) {
+  const CudaDevice device(logits, {&features, target});
+  const int64_t rows = logits.size(0);
+  device.check(cuda::logit_gradient(logit_gradient, rows, device.stream()), "head_gradient_norm");
+  device.check(cuda::multiply_row_norm(row_norm, rows, device.stream()), "head_gradient_norm");
+}
+
+template <auto kRun>
 Tensor head_gradient_norm(
     const Tensor& logits_in,    // [B, C]
     const Tensor& features_in,  // [B, D]
@@ -40,27 +63,19 @@ Tensor head_gradient_norm(
       factor,
       result.mutable_data_ptr()};
 
-  const int64_t grain = rows_per_task(arguments.classes, row_norm.columns);
-  torch::stable::parallel_for(0, logits.size(0), grain, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(logit_gradient_scratch_bytes(arguments.classes));
-    LogitGradientArguments mine = arguments;
-    mine.scratch = scratch.get();
-    grood_fast::logit_gradient(mine, begin, end);
-    multiply_row_norm(row_norm, begin, end);
-  });
+  kRun(arguments, row_norm, logits, features, target.has_value() ? &*target : nullptr);
   return result;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(grood_fast, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(GROOD_FAST_LIBRARY, m) {
   m.def(
       "head_gradient_norm(Tensor logits, Tensor features, int objective, float temperature,"
       " Tensor? target, int norm, bool bias) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(grood_fast, CPU, m) {
-  m.impl("head_gradient_norm", TORCH_BOX(&head_gradient_norm));
-}
+GROOD_FAST_IMPLEMENT(
+    "head_gradient_norm", &head_gradient_norm<on_cpu>, &head_gradient_norm<on_cuda>)
 
 }  // namespace grood_fast::ops

@@ -15,6 +15,24 @@ enum Output : int64_t {
 };
 constexpr int64_t kStatistics = 6;
 
+[[maybe_unused]] void on_cpu(
+    const LogitGradientArguments& arguments, const Tensor& logits, const Tensor*) {
+  torch::stable::parallel_for(
+      0, logits.size(0), rows_per_task(arguments.classes, 0), [&](int64_t begin, int64_t end) {
+        const Scratch scratch(logit_gradient_scratch_bytes(arguments.classes));
+        LogitGradientArguments mine = arguments;
+        mine.scratch = scratch.get();
+        grood_fast::logit_gradient(mine, begin, end);
+      });
+}
+
+[[maybe_unused]] void on_cuda(
+    const LogitGradientArguments& arguments, const Tensor& logits, const Tensor* target) {
+  const CudaDevice device(logits, {target});
+  device.check(cuda::logit_gradient(arguments, logits.size(0), device.stream()), "logit_gradient");
+}
+
+template <auto kRun>
 std::tuple<Tensor, Tensor, Tensor> logit_gradient(
     const Tensor& logits_in,  // [B, C]
     int64_t objective, double temperature,
@@ -49,26 +67,18 @@ std::tuple<Tensor, Tensor, Tensor> logit_gradient(
   if (outputs & kArgmax) arguments.argmax = static_cast<int64_t*>(argmax.mutable_data_ptr());
   if (outputs & kDelta) arguments.delta = delta.mutable_data_ptr();
 
-  torch::stable::parallel_for(
-      0, batch, rows_per_task(arguments.classes, 0), [&](int64_t begin, int64_t end) {
-        const Scratch scratch(logit_gradient_scratch_bytes(arguments.classes));
-        LogitGradientArguments mine = arguments;
-        mine.scratch = scratch.get();
-        grood_fast::logit_gradient(mine, begin, end);
-      });
+  kRun(arguments, logits, target.has_value() ? &*target : nullptr);
   return {statistics, argmax, delta};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(grood_fast, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(GROOD_FAST_LIBRARY, m) {
   m.def(
       "logit_gradient(Tensor logits, int objective, float temperature, Tensor? target, int outputs)"
       " -> (Tensor statistics, Tensor argmax, Tensor delta)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(grood_fast, CPU, m) {
-  m.impl("logit_gradient", TORCH_BOX(&logit_gradient));
-}
+GROOD_FAST_IMPLEMENT("logit_gradient", &logit_gradient<on_cpu>, &logit_gradient<on_cuda>)
 
 }  // namespace grood_fast::ops

@@ -1,4 +1,6 @@
 // grood_fast::simd_level, set_simd_level: which instruction set the ops of this library run with.
+#if !defined(GROOD_FAST_EMULATED)
+
 #include "common.h"
 
 namespace grood_fast::ops {
@@ -21,3 +23,5 @@ STABLE_TORCH_LIBRARY_IMPL(grood_fast, CompositeExplicitAutograd, m) {
 }
 
 }  // namespace grood_fast::ops
+
+#endif

@@ -9,6 +9,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <sstream>
 #include <string>
 
 #include "../kernels/kernels.h"
@@ -154,12 +155,19 @@ py::array head_gradient_norm_numpy(
   return result;
 }
 
+py::list words(const std::string& text) {
+  py::list list;
+  std::istringstream stream(text);
+  for (std::string word; stream >> word;) list.append(word);
+  return list;
+}
+
 py::dict build_facts() {
   py::dict facts;
   facts["version"] = GROOD_FAST_VERSION;
   facts["compiler"] = GROOD_FAST_COMPILER;
   facts["torch"] = GROOD_FAST_TORCH_VERSION;
-  facts["cuda_architectures"] = py::list();
+  facts["cuda_architectures"] = words(GROOD_FAST_CUDA_ARCHITECTURES);
   py::list compiled, supported;
   for (const char* level : kSimdLevels) {
     if (simd_level_compiled(level)) compiled.append(level);

@@ -100,6 +100,7 @@ class TestAgainstTwin:
         for classes, features, components in product((0, 1, 3, 16, 65), (0, 1, 9, 130), (0, 1, 31)):
             _check(_operands((5, classes, features, 9, components), dtype, real), bias)
 
+    @pytest.mark.cpu_kernels
     def test_few_anchors_make_long_tiles(
         self, simd_level: str, dtype: torch.dtype, real: torch.dtype, bias: bool
     ) -> None:
@@ -117,6 +118,7 @@ class TestAgainstTwin:
         for expanded in (lambda one: one[:1].expand_as(one), lambda one: one[:, :1].expand_as(one)):
             _check([expanded(operand) for operand in operands], bias)
 
+    @pytest.mark.cpu_kernels  # the CUDA form: python_tests/cuda
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_what_is_not_finite_spreads_as_in_the_twin(
         self, simd_level: str, dtype: torch.dtype, real: torch.dtype, bias: bool, value: float
@@ -216,6 +218,7 @@ class TestAgainstFormedGradients:
 
 
 class TestPrecision:
+    @pytest.mark.cpu_kernels  # the CUDA form: python_tests/cuda
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_operands_cost_only_their_own_rounding(self, dtype: torch.dtype) -> None:
         """Bit for bit what their widened selves give, where a product in bfloat16 is 0.4 % off."""
@@ -262,6 +265,7 @@ def test_the_same_again_and_with_more_threads(
     assert_close(operands, before, rtol=0, atol=0)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set_gives_the_same_bits(dtype: torch.dtype) -> None:
     before, results = ops.simd_level(), []
@@ -276,6 +280,7 @@ def test_every_instruction_set_gives_the_same_bits(dtype: torch.dtype) -> None:
         assert_close(result, results[0], rtol=0, atol=0)
 
 
+@pytest.mark.cpu_kernels
 class TestMemory:
     """The most that torch's allocator held at once, above what it held at the start."""
 

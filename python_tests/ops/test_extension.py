@@ -21,6 +21,8 @@ from grood_fast import _kernels, ops
 from grood_fast.errors import ExtensionError
 from grood_fast.ops import _library
 
+pytestmark = pytest.mark.cpu_kernels
+
 PACKAGE = Path(grood_fast.__file__).parent
 SUPPORTED = _kernels.build_facts()["simd_levels_supported"]
 
