@@ -119,7 +119,9 @@ class NetworkPass:
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def pieces(self, batch: Batch) -> Iterator[Batch]:
-        """The batch in pieces whose activations keep within the memory budget."""
+        """The batch in pieces whose activations keep within the memory budget; none of an empty one."""
+        if batch.size == 0:
+            return
         if self._plan is None:
             self._prepare(batch)
         assert self._plan is not None

