@@ -175,7 +175,7 @@ def test_one_pass_over_each_loader_whatever_the_detectors(names: list[str]) -> N
     assert reference.iterations == fits
     once = len(TEST) + len(REFERENCE) * fits + probes
     if any(need != "features" for name in names for need in detector(name).fit_needs):
-        # Layers and parameters are found with two samples; and grood runs on from one with a few, mixed.
+        # Layers and parameters are found with two samples; grood runs on from one, mixed.
         assert once < model.forwards <= once + 20
     else:
         assert model.forwards == once
