@@ -119,7 +119,7 @@ class NetworkPass:
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def pieces(self, batch: Batch) -> Iterator[Batch]:
-        """The batch in pieces whose activations keep within the memory budget; none if it is empty."""
+        """The batch in pieces that keep within the memory budget; none if it is empty."""
         if batch.size == 0:
             return
         if self._plan is None:
