@@ -263,21 +263,27 @@ PASSES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
 
 
 @pytest.mark.parametrize(
-    ("case", "form", "bar"),
+    ("case", "form", "score", "bar"),
     [
-        ("EfficientNet-lite0, 224 px, batch 32, K = 128", "dual", 1.05),
-        ("EfficientNet-lite0, 224 px, batch 32, K = 128", "factored", 1.02),
-        ("small Fashion-MNIST net, batch 256, K = 64", "auto", 1.10),
+        ("EfficientNet-lite0, 224 px, batch 32, K = 128", "dual", gf.KNN(k=5), 1.05),
+        ("EfficientNet-lite0, 224 px, batch 32, K = 128", "factored", gf.KNN(k=5), 1.02),
+        ("small Fashion-MNIST net, batch 256, K = 64", "auto", gf.KNN(k=5), 1.10),
+        ("small Fashion-MNIST net, batch 256, K = 64", "auto", gf.Mahalanobis(), 1.10),
     ],
+    ids=str,
 )
-def test_score_with_ldg(benchmark: Any, comparisons: Any, case: str, form: str, bar: float) -> None:
+def test_score_with_ldg(
+    benchmark: Any, comparisons: Any, case: str, form: str, score: gf.Score, bar: float
+) -> None:
     """What the 8,192 reference samples are does not matter to the time: they are random features
     and the logits that the head makes of them."""
     make, shape, batch, components = PASSES[case]
     model = make().eval()
     images = torch.randn(batch * 4, *shape, generator=torch.Generator().manual_seed(0))
     batches = list(torch.split(images, batch)) * (2 if batch == 32 else 10)
-    detector = gf.LowDimensionalGradient(components, form=form, max_samples=8192)
+    detector = gf.LowDimensionalGradient(
+        components, form=form, score=score.fresh(), max_samples=8192
+    )
     classifier = Classifier(model)
     with closing(stream(classifier, batches, {"features"})) as passing:
         signals = next(passing)
@@ -287,7 +293,10 @@ def test_score_with_ldg(benchmark: Any, comparisons: Any, case: str, form: str, 
     for indices in torch.split(torch.arange(8192), batch):
         features = torch.rand(batch, classifier.num_features, generator=random)
         logits = torch.nn.functional.linear(features, classifier.weight, classifier.bias)
-        fitting.absorb(replace(signals, logits=logits, penultimate=features, indices=indices))
+        labels = indices % classifier.num_classes
+        fitting.absorb(
+            replace(signals, logits=logits, penultimate=features, indices=indices, labels=labels)
+        )
     fitting.finish()
     fitting.install(classifier)
 
@@ -299,7 +308,7 @@ def test_score_with_ldg(benchmark: Any, comparisons: Any, case: str, form: str, 
     comparisons.timed(
         benchmark,
         SCORE,
-        f"{case}: {detector.card['representation']['form']} form, N = 8,192, KNN(k=5)",
+        f"{case}: {detector.card['representation']['form']} form, N = 8,192, {score.name}",
         lambda: gf.score(model, batches, detector, progress=False),
         {"bare forward loop": bare},
         bar=bar,
