@@ -8,7 +8,7 @@ import pytest
 from devices import kernels_of, load_emulated_ops
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def emulated_kernels(kernels: str) -> Iterator[None]:
     """The ops run the CUDA kernels on the emulated device."""
     if kernels != "cpu":
