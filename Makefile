@@ -76,6 +76,7 @@ cuda-check: setup  ## the CUDA kernels without a GPU: races, bounds, planted bug
 	@$(BIN)/python -c 'import sys; sys.path.insert(0, "tools"); import cuda_toolkit; \
 	  print("compiled with", cuda_toolkit.find().nvcc)' 2>/dev/null || \
 	  echo "Machine code not checked: there is no nvcc here."
+	$(BIN)/python -m pytest python_tests/cuda
 	$(BIN)/python tools/gpu_check.py --device emulated --report build/gpu-report-dry-run.md
 
 cuda-report: setup  ## what the CUDA kernels take, and a prediction (nothing is run) of their times
